@@ -1,0 +1,1 @@
+"""Launch scripts, as package data: installed as `rung.launch_templates`."""

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Train on this machine: launch/local.sh [--nproc N] [overrides…]          (the same as `rung launch local`)
+#
+# N processes, by default one for each GPU, or one where there is none. Under a scheduler use launch/slurm/train.sbatch.
+# PYTHON names the interpreter; by default that of the checkout's .venv, else python3.
+set -euo pipefail
+
+nproc_per_node=""
+if [[ "${1:-}" == "--nproc" ]]; then
+  [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || { echo "--nproc=${2:-} is not a number of processes; legal values: 1, 2, 3, …" >&2; exit 2; }
+  nproc_per_node=$2
+  shift 2
+fi
+[[ "${1:-}" == "--" ]] && shift
+
+if [[ -z "$nproc_per_node" ]]; then
+  nproc_per_node=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+  [[ "$nproc_per_node" -gt 0 ]] || nproc_per_node=1
+fi
+
+if [[ -z "${PYTHON:-}" ]]; then
+  PYTHON=$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/python
+  [[ -x "$PYTHON" ]] || PYTHON=python3
+fi
+
+# Every process would otherwise start a thread for each core, or torchrun would leave it one.
+if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=$((cores > nproc_per_node ? cores / nproc_per_node : 1))
+fi
+# A stopped worker writes a checkpoint; torchrun's 30 seconds are too few for a large one.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+# SIGUSR1 means "save and stop". The workers handle it; it would kill the agent, which has no handler for it.
+trap '' USR1
+
+exec "$PYTHON" -m rung.cli.torchrun --standalone --max-restarts=0 --nproc-per-node="$nproc_per_node" -m rung.train "$@"

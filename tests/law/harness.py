@@ -1,0 +1,357 @@
+"""The law as a program: run a case on a layout, run the same case in one plain process, compare everything.
+
+Later steps extend the law by adding a factor to ``FACTORS`` and its overrides to ``overrides``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from law.covering import Case
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+TOLERANCE = 1e-10
+STEPS = 3
+
+FACTORS: dict[str, list[Any]] = {
+    "dp_shard": [1, 2, 4],
+    "dp_replicate": [1, 2],
+    "micro_batch_size": [1, 2, 4],
+    "accumulation": [1, 2],
+    "recompute": ["none", "selective", "full"],
+    "compile": [False, True],
+    "dropout": [0.0, 0.25],
+    "packed": [False, True],
+    "tied": [False, True],
+    "kv_heads": [1, 2, 4],
+    "qk_norm": [False, True],
+    "window": [None, 5],
+    "optim": ["adamw", "muon"],
+    "reshard": [True, False],
+    "defer_sync": [False, True],
+    "clip": [0.0, 0.5],
+}
+
+
+def world_size(case: Case) -> int:
+    """Ranks that the case runs on."""
+    size: int = case["dp_shard"] * case["dp_replicate"]
+    return size
+
+
+def global_batch_size(case: Case) -> int:
+    """Sequences per step: follows from the case, so that micro-batch and accumulation are free factors."""
+    size: int = world_size(case) * case["micro_batch_size"] * case["accumulation"]
+    return size
+
+
+def legal(case: Case) -> bool:
+    """Four ranks at most."""
+    return world_size(case) <= 4
+
+
+def overrides(case: Case, corpus: str) -> list[str]:
+    """The case as the overrides a user would write."""
+    return [
+        "run.seed=7",
+        f"train.steps={STEPS}",
+        f"train.global_batch_size={global_batch_size(case)}",
+        f"train.micro_batch_size={case['micro_batch_size']}",
+        f"train.clip_grad_norm={case['clip']}",
+        "data=corpus",
+        f"data.paths=[{corpus}]",
+        "data.seq_len=12",
+        f"data.document_mask={str(case['packed']).lower()}",
+        "model=tiny",
+        "model.vocab_size=311",
+        "model.hidden_size=16",
+        "model.intermediate_size=22",
+        "model.num_hidden_layers=2",
+        "model.num_attention_heads=4",
+        f"model.num_key_value_heads={case['kv_heads']}",
+        "model.head_dim=4",
+        "model.initializer_range=0.2",
+        f"model.dropout={case['dropout']}",
+        f"model.tie_word_embeddings={str(case['tied']).lower()}",
+        f"model.qk_norm={str(case['qk_norm']).lower()}",
+        f"model.sliding_window={'null' if case['window'] is None else case['window']}",
+        f"optim={case['optim']}",
+        "optim.lr=0.01",
+        "optim.weight_decay=0.1",
+        "schedule=constant",
+        f"parallel.dp_shard={case['dp_shard']}",
+        f"parallel.dp_replicate={case['dp_replicate']}",
+        f"parallel.activation_checkpointing={case['recompute']}",
+        f"parallel.reshard_after_forward={str(case['reshard']).lower()}",
+        f"parallel.defer_gradient_sync={str(case['defer_sync']).lower()}",
+        f"compile={str(case['compile']).lower()}",
+        "precision=float64",
+        "device=cpu",
+    ]
+
+
+@dataclass
+class Record:
+    """What a run did, as logical values."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    samples: list[list[int]] = field(default_factory=list)
+    initial: dict[str, np.ndarray] = field(default_factory=dict)
+    gradients: list[dict[str, np.ndarray]] = field(default_factory=list)
+    final: dict[str, np.ndarray] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+
+class LawBrokenError(AssertionError):
+    """The layout changed the answer."""
+
+
+def compare(found: Record, truth: Record, tolerance: float = TOLERANCE) -> None:
+    """Raise LawBrokenError naming the first thing that differs. ‖Δg‖ ≤ τ·max(‖g‖, 10⁻³·‖g_all‖) for gradients."""
+    if found.samples != truth.samples:
+        raise LawBrokenError(f"samples differ: {found.samples} against {truth.samples}")
+    if found.initial.keys() != truth.initial.keys():
+        raise LawBrokenError(f"names differ: {found.initial.keys() ^ truth.initial.keys()}")
+    for name, value in truth.initial.items():
+        if not np.array_equal(found.initial[name], value):
+            raise LawBrokenError(f"initial {name} is not bit-identical")
+    for step, gradients in enumerate(truth.gradients):
+        for what, mine, true in (("loss", found.losses, truth.losses), ("norm", found.norms, truth.norms)):
+            if not abs(mine[step] - true[step]) <= tolerance * abs(true[step]):
+                raise LawBrokenError(f"{what} of step {step + 1}: {mine[step]!r} against {true[step]!r}")
+        whole = np.sqrt(sum(float(np.sum(g**2)) for g in gradients.values()))
+        for name, gradient in gradients.items():
+            error = float(np.linalg.norm(found.gradients[step][name] - gradient))
+            if not error <= tolerance * max(float(np.linalg.norm(gradient)), 1e-3 * whole):
+                raise LawBrokenError(f"gradient of {name} at step {step + 1}: error {error:.3e}")
+    for name, value in truth.final.items():
+        error = float(np.linalg.norm(found.final[name] - value))
+        # Adam divides by √v, which magnifies the rounding of a gradient that is nearly zero.
+        if not error <= 1e4 * tolerance * float(np.linalg.norm(value)):
+            raise LawBrokenError(f"{name} after {STEPS} steps: error {error:.3e}")
+    for name, true_value in truth.evaluation.items():
+        if not abs(found.evaluation[name] - true_value) <= 100 * tolerance * abs(true_value):
+            raise LawBrokenError(f"{name}: {found.evaluation[name]!r} against {true_value!r}")
+
+
+def ignored(sample_ids: np.ndarray, seq_len: int) -> np.ndarray:
+    """Labels that count for nothing, [B, T]: unevenly many per sample, all of them in some samples."""
+    positions = np.arange(seq_len)[None]
+    ids = (sample_ids & ((1 << 40) - 1))[:, None]
+    return ((ids * 7 + positions * 3) % 5 < ids % 4) | (ids % 6 == 2)
+
+
+def perturbed(name: str, size: int) -> np.ndarray:
+    """Values for a norm's weight: no two alike, so that no gradient is zero, and no error invisible, by accident."""
+    return 1.0 + 0.3 * np.sin(np.arange(size) * 0.7 + len(name))
+
+
+class UnevenLabels:
+    """A data source whose labels are ignored by ``ignored``, so that micro-batches and ranks count differently."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, sample_ids: np.ndarray) -> Any:
+        batch = self._source.read(sample_ids)
+        mask = torch.from_numpy(ignored(np.asarray(sample_ids), batch.tokens_BT.shape[1]))
+        return dataclasses.replace(batch, labels_BT=batch.labels_BT.masked_fill(mask, -100))
+
+
+class Recorder:
+    """Stands where the monitor stands, and keeps what the loop says."""
+
+    stop_requested = False
+
+    def __init__(self) -> None:
+        self.record = Record()
+
+    def begin(self, step: int) -> None:
+        del step
+
+    @contextlib.contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        del name
+        yield
+
+    def end(self, step: int, batch: Any, lr: float, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
+        del step, lr
+        assert not bool(skipped)
+        self.record.losses.append(float(loss))
+        self.record.norms.append(float(norm))
+        self.record.samples.append(sorted(int(i) for i in batch.sample_ids))
+
+    def evaluated(self, step: int, results: dict[str, float]) -> None:
+        del step
+        self.record.evaluation = results
+
+
+class RecordingOptimizer:
+    """Keeps every logical gradient as it was summed, then lets the real optimizer step."""
+
+    def __init__(self, optimizer: Any, model: nn.Module, record: Record) -> None:
+        self._optimizer, self._model, self._record = optimizer, model, record
+
+    def step(self, lr: float, **kwargs: Any) -> None:
+        self._record.gradients.append({n: whole(p.grad) for n, p in logical_parameters(self._model)})
+        self._optimizer.step(lr, **kwargs)
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+
+def whole(tensor: Tensor | None) -> np.ndarray:
+    """The logical value of a tensor, gathered by torch."""
+    assert tensor is not None
+    value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    result: np.ndarray = value.detach().clone().numpy()
+    return result
+
+
+def logical_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters under their logical names."""
+    from rung.layout import clean_name
+
+    return [(clean_name(name), parameter) for name, parameter in model.named_parameters()]
+
+
+def run_case(case: Case, corpus: str, mutant: str | None = None) -> Record | None:
+    """Run the case on this rank's process group with the real loop; the record on rank 0."""
+    from law.mutants import MUTANTS
+
+    from rung.layout import local_view, logical_tensors
+    from rung.loop import train
+    from rung.parallel import World
+    from rung.data import open_data
+    from rung.recipes.config import load_config
+    from rung.recipes.pretrain import assemble
+
+    config, layout = load_config(overrides(case, corpus), dist.get_world_size())
+    world = World(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    recorder = Recorder()
+    with MUTANTS[mutant]() if mutant else contextlib.nullcontext():
+        run = assemble(config, layout, world, UnevenLabels(open_data(config.data, config.run.seed)), recorder)
+        recorder.record.initial = {name: whole(p) for name, p in logical_parameters(run.model)}
+        logical = logical_tensors(run.model)
+        for name, parameter in logical_parameters(run.model):
+            if parameter.ndim == 1:
+                values = torch.from_numpy(perturbed(name, parameter.numel()))
+                for box, place, _ in logical[name].pieces():
+                    local_view(parameter).data[place] = values[box.slices()]
+        run.optimizer = RecordingOptimizer(run.optimizer, run.model, recorder.record)
+        train(run)
+        recorder.record.final = {name: whole(p) for name, p in logical_parameters(run.model)}
+    return recorder.record if dist.get_rank() == 0 else None
+
+
+def one_process(case: Case, corpus: str) -> Record:
+    """The same case with nothing but the model, autograd and the optimizer: no rung.parallel, no rung.loop.
+
+    Samples are cut from the token file here, the batch is one batch, the loss one sum over one count.
+    """
+    from rung.data import Corpus, open_data
+    from rung.layout import LogicalTensor
+    from rung.models import build
+    from rung.optim import LocalParameter, build_optimizer
+    from rung.random import name_key, normals_numpy
+    from rung.recipes.config import load_config
+
+    size = global_batch_size(case)
+    plain = {**case, "dp_shard": 1, "dp_replicate": 1, "micro_batch_size": size, "accumulation": 1}
+    plain |= {"recompute": "none", "compile": False, "reshard": True, "defer_sync": False}
+    config, _ = load_config(overrides(plain, corpus), 1)
+    model = build(config.model, draws_seed=config.run.seed).double()
+    rules = model.init_rules()
+    record = Record()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if rules[name].kind == "ones":
+                parameter.fill_(1.0)
+            else:
+                values = normals_numpy(name_key(config.run.seed, f"init/{name}"), 0, parameter.numel())
+                parameter.copy_(torch.from_numpy(values * rules[name].std).view(parameter.shape))
+        record.initial = {name: whole(p) for name, p in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.from_numpy(perturbed(name, parameter.numel())))
+    locals_ = [
+        LocalParameter(name, p.detach(), LogicalTensor.from_tensor(name, p.detach()), None)
+        for name, p in model.named_parameters()
+    ]
+    optimizer = build_optimizer(config.optim, locals_)
+    order = open_data(config.data, config.run.seed)
+    token_bytes = order.token_bytes.tolist()
+    folder = Corpus(Path(corpus))
+    for step in range(1, STEPS + 1):
+        ids = order.sample_ids(size * (step - 1), size)
+        batch, labels = cut(folder.train.dataset, ids & ((1 << 40) - 1), ids, case["packed"])
+        labels[torch.from_numpy(ignored(ids, 12))] = -100
+        loss = nll(model(**batch, step=torch.tensor(step)), labels) / int((labels != -100).sum())
+        loss.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))  # type: ignore[union-attr, arg-type]
+        record.losses.append(float(loss))
+        record.norms.append(float(norm))
+        record.samples.append(sorted(int(i) for i in ids))
+        record.gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+        for local, parameter in zip(locals_, model.parameters(), strict=True):
+            local.local.grad = parameter.grad
+        scale = torch.clamp(norm / case["clip"], min=1.0) if case["clip"] else None
+        optimizer.step(config.optim.lr, grad_scale=scale, skip=torch.zeros((), dtype=torch.float64))
+        model.zero_grad()
+    record.final = {name: whole(p) for name, p in model.named_parameters()}
+    record.evaluation = evaluate_plainly(model, folder.valid.dataset, token_bytes, case["packed"])
+    return record
+
+
+def nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy as torch computes it."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def cut(tokens: Any, windows: np.ndarray, sample_ids: np.ndarray, packed: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Windows of 12 tokens and their labels, straight from the token stream."""
+    stream = torch.from_numpy(np.asarray(tokens.tokens(0, tokens.num_tokens)).astype(np.int64))
+    documents = torch.from_numpy(np.repeat(np.arange(tokens.num_documents), tokens.document_lengths()))
+    inputs, labels, ids = [], [], []
+    for window in windows:
+        inputs.append(stream[12 * window : 12 * window + 12])
+        labels.append(stream[12 * window + 1 : 12 * window + 13])
+        ids.append(documents[12 * window : 12 * window + 12])
+    fields = {
+        "tokens_BT": torch.stack(inputs),
+        "sample_ids_B": torch.from_numpy(np.asarray(sample_ids)),
+        "positions_BT": torch.arange(12).expand(len(inputs), 12),
+    }
+    return fields | ({"document_ids_BT": torch.stack(ids)} if packed else {}), torch.stack(labels)
+
+
+def evaluate_plainly(model: nn.Module, valid: Any, lengths: list[int], packed: bool) -> dict[str, float]:
+    """Held-out loss and bits per byte, one whole window at a time, the short last window at its own length."""
+    stream = torch.from_numpy(np.asarray(valid.tokens(0, valid.num_tokens)).astype(np.int64))
+    documents = torch.from_numpy(np.repeat(np.arange(valid.num_documents), valid.document_lengths()))
+    total, count, size = 0.0, 0, 0
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(stream) - 1, 12):
+            part = stream[start : start + 13]
+            fields = {"tokens_BT": part[None, :-1]} | (
+                {"document_ids_BT": documents[None, start : start + len(part) - 1]} if packed else {}
+            )
+            total += float(nll(model(**fields), part[None, 1:]))
+            count += len(part) - 1
+            size += int(sum(lengths[int(token)] for token in part[1:]))
+    model.train()
+    return {"eval_loss": total / count, "bits_per_byte": total / np.log(2) / size}

@@ -1,0 +1,346 @@
+"""Bugs that a framework like this one really has. Each must turn the law red, or a test is missing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
+CASES: dict[str, dict[str, Any]] = {}
+"""Per mutant, the choices under which its bug shows; the rest is the mutant test's plain case."""
+
+
+def mutant(**choices: Any) -> Callable[[Callable[[], Iterator[None]]], None]:
+    """Register a mutant under its function's name, with the choices that its case needs."""
+
+    def register(function: Callable[[], Iterator[None]]) -> None:
+        MUTANTS[function.__name__] = contextlib.contextmanager(function)
+        CASES[function.__name__] = choices
+
+    return register
+
+
+@mutant()
+def gradients_averaged_over_ranks() -> Iterator[None]:
+    """FSDP's default divide factor."""
+    from torch.distributed.fsdp import FSDPModule
+
+    with mock.patch.object(FSDPModule, "set_gradient_divide_factor", lambda self, factor: None):
+        yield
+
+
+@mutant()
+def mean_of_micro_batch_means() -> Iterator[None]:
+    """Each micro-batch divides by its own count."""
+    from rung.loop import train as page
+    from rung.loop import step as parts
+
+    real = parts.forward_backward
+
+    def wrong(model: Any, objective: Any, batch: Any, step: Any, sync: Any) -> Any:
+        totals: dict[str, Any] = {}
+        for micro in batch.micro_batches:
+            counts = {k: int(v) * len(batch.micro_batches) * dist.get_world_size() for k, v in objective.counts(micro).items()}
+            part = parts.StepBatch(batch.sample_ids, [micro], counts, batch.stop)
+            for name, value in real(model, objective, part, step, sync).items():
+                totals[name] = totals.get(name, 0) + value
+        return totals
+
+    with mock.patch.object(page, "forward_backward", wrong):
+        yield
+
+
+@mutant()
+def counts_stay_local() -> Iterator[None]:
+    """The count of labels is this rank's times the number of ranks, not the sum over ranks."""
+    from rung.loop import step as parts
+
+    real = parts.total_counts
+
+    def wrong(counts: Any, expected: Any, read: Any, stop: bool = False) -> Any:
+        _, stops = real(counts, expected, read, stop)
+        return {k: sum(int(c[k]) for c in counts) * dist.get_world_size() for k in counts[0]}, stops
+
+    with mock.patch.object(parts, "total_counts", wrong):
+        yield
+
+
+@mutant(accumulation=2)
+def last_micro_batch_overwrites_gradients() -> Iterator[None]:
+    """Gradients are cleared between micro-batches."""
+    from rung.loop import step as parts
+
+    real = parts.run_model
+
+    def wrong(model: Any, batch: Any, step: Any = None) -> Any:
+        model.zero_grad()
+        return real(model, batch, step)
+
+    with mock.patch.object(parts, "run_model", wrong):
+        yield
+
+
+@mutant(accumulation=2, defer_sync=True)
+def deferred_sum_never_happens() -> Iterator[None]:
+    """The last micro-batch is not told that it is the last."""
+    from rung.parallel import GradientSync
+
+    real = GradientSync.__call__
+    with mock.patch.object(GradientSync, "__call__", lambda self, *, is_last: real(self, is_last=False)):
+        yield
+
+
+@mutant(dp_replicate=2, dp_shard=2)
+def copies_never_summed() -> Iterator[None]:
+    """Hybrid sharding without the sum over copies."""
+    from torch.distributed.fsdp import FSDPModule
+
+    real = FSDPModule.set_requires_all_reduce
+    with mock.patch.object(FSDPModule, "set_requires_all_reduce", lambda self, wanted, **kw: real(self, False, **kw)):
+        yield
+
+
+@mutant()
+def gradients_kept_over_steps() -> Iterator[None]:
+    """zero_grad is forgotten."""
+    from torch import nn
+
+    with mock.patch.object(nn.Module, "zero_grad", lambda self, set_to_none=True: None):
+        yield
+
+
+@mutant()
+def ranks_read_the_same_slice() -> Iterator[None]:
+    """Every data rank reads the first rank's samples."""
+    from rung.layout import Layout
+
+    with mock.patch.object(Layout, "data_rank", lambda self, rank: 0):
+        yield
+
+
+@mutant()
+def order_depends_on_the_world() -> Iterator[None]:
+    """Consumed samples are counted in ranks."""
+    from law.harness import UnevenLabels
+
+    real = UnevenLabels.__getattr__
+
+    def wrong(self: Any, name: str) -> Any:
+        value = real(self, name)
+        return (lambda first, count: value(first * dist.get_world_size(), count)) if name == "sample_ids" else value
+
+    with mock.patch.object(UnevenLabels, "__getattr__", wrong):
+        yield
+
+
+@mutant()
+def labels_not_shifted() -> Iterator[None]:
+    """Labels are the inputs themselves."""
+    from law.harness import UnevenLabels
+
+    real = UnevenLabels.read
+
+    def wrong(self: Any, sample_ids: Any) -> Any:
+        batch = real(self, sample_ids)
+        batch.labels_BT[:] = torch.where(batch.labels_BT == -100, -100, batch.tokens_BT)
+        return batch
+
+    with mock.patch.object(UnevenLabels, "read", wrong):
+        yield
+
+
+@mutant()
+def start_drawn_per_shard() -> Iterator[None]:
+    """Each shard draws its own numbers from zero."""
+    from rung.layout import Box
+    from rung.parallel import initialize as module
+
+    real = module.normals_box
+    wrong = lambda key, shape, box: real(key, box.sizes, Box((0,) * len(box.sizes), box.sizes))  # noqa: E731
+    with mock.patch.object(module, "normals_box", wrong):
+        yield
+
+
+@mutant(tied=True, dp_shard=1, dp_replicate=1)
+def tie_lost_when_materialised() -> Iterator[None]:
+    """to_empty gives the head storage of its own and nobody ties it again."""
+    from rung.models.decoder import Decoder
+
+    with mock.patch.object(Decoder, "tie_weights", lambda self: None):
+        yield
+
+
+@mutant(dropout=0.25)
+def dropout_by_row_of_the_micro_batch() -> Iterator[None]:
+    """Draws are keyed by the row in the micro-batch instead of the sample."""
+    from rung.loop import step as parts
+
+    real = parts.run_model
+
+    def wrong(model: Any, batch: Any, step: Any = None) -> Any:
+        batch.sample_ids_B[:] = torch.arange(len(batch.sample_ids_B))
+        return real(model, batch, step)
+
+    with mock.patch.object(parts, "run_model", wrong):
+        yield
+
+
+@mutant(dropout=0.25)
+def dropout_same_in_every_step() -> Iterator[None]:
+    """Draws do not know the step."""
+    from rung.loop import step as parts
+
+    real = parts.run_model
+    with mock.patch.object(parts, "run_model", lambda model, batch, step=None: real(model, batch, torch.zeros_like(step) if step is not None else None)):
+        yield
+
+
+@mutant(dropout=0.25, recompute="full")
+def recompute_draws_again() -> Iterator[None]:
+    """The recomputed forward pass sees other draws than the first."""
+    from rung.models import decoder as module
+
+    real, calls = module.dropout_mask, iter(range(10**9))
+
+    def wrong(key: Any, sample_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        return real(key, sample_ids + next(calls), *args, **kwargs)
+
+    with mock.patch.object(module, "dropout_mask", wrong):
+        yield
+
+
+@mutant(packed=True)
+def documents_see_each_other() -> Iterator[None]:
+    """Document ids are dropped on the way to the model."""
+    from rung.loop import step as parts
+
+    real = parts.run_model
+
+    def wrong(model: Any, batch: Any, step: Any = None) -> Any:
+        if batch.document_ids_BT is not None:
+            batch.document_ids_BT[:] = 0
+        return real(model, batch, step)
+
+    with mock.patch.object(parts, "run_model", wrong):
+        yield
+
+
+@mutant(dp_replicate=2, dp_shard=1)
+def norm_counts_copies() -> Iterator[None]:
+    """Every copy of a gradient element enters the norm."""
+    from rung.loop import train as page
+
+    def wrong(parameters: Any, device: Any) -> Any:
+        return sum((p.grad.double() ** 2).sum() for p in parameters if p.grad is not None)
+
+    with mock.patch.object(page, "squared_norm", wrong):
+        yield
+
+
+@mutant()
+def norm_of_one_rank() -> Iterator[None]:
+    """The norm is this rank's share, scaled up."""
+    from rung.loop import train as page
+
+    def wrong(sums: Any, device: Any) -> Any:
+        result = {k: v.detach().double() for k, v in sums.items()}
+        for k in result:
+            if k == "norm²":
+                result[k] = result[k] * dist.get_world_size()
+            else:
+                dist.all_reduce(result[k])
+        return result
+
+    with mock.patch.object(page, "all_reduce_sums", wrong):
+        yield
+
+
+@mutant()
+def loss_of_one_rank() -> Iterator[None]:
+    """The reported loss is this rank's."""
+    from rung.loop import train as page
+
+    real = page.all_reduce_sums
+
+    def wrong(sums: Any, device: Any) -> Any:
+        local = {k: v.detach().double() * dist.get_world_size() for k, v in sums.items()}
+        return real(sums, device) | {k: v for k, v in local.items() if k != "norm²"}
+
+    with mock.patch.object(page, "all_reduce_sums", wrong):
+        yield
+
+
+@mutant(optim="muon", clip=0.0)
+def muon_orthogonalises_shards() -> Iterator[None]:
+    """Each rank orthogonalises the rows it holds."""
+    from rung.parallel import gradients as module
+
+    real = module.local_parameters
+    from rung.layout import Box, LogicalTensor
+    from rung.recipes import pretrain as recipe
+
+    def wrong(model: Any) -> Any:
+        from dataclasses import replace
+
+        return [
+            replace(p, logical=LogicalTensor.from_spec(p.name, tuple(p.local.shape), p.local.dtype, (), {}, {}), group=None)
+            if p.local.ndim == 2 and p.local.numel() else p
+            for p in real(model)
+        ]
+
+    assert Box
+    with mock.patch.object(recipe, "local_parameters", wrong):
+        yield
+
+
+@mutant(clip=0.5)
+def clipping_forgotten() -> Iterator[None]:
+    """The scale never reaches the optimizer."""
+    from law.harness import RecordingOptimizer
+
+    real = RecordingOptimizer.step
+
+    def wrong(self: Any, lr: float, *, grad_scale: Any = None, skip: Any = None) -> None:
+        real(self, lr, grad_scale=None, skip=skip)
+
+    with mock.patch.object(RecordingOptimizer, "step", wrong):
+        yield
+
+
+@mutant()
+def evaluation_counts_padding() -> Iterator[None]:
+    """Windows that only keep ranks in step are counted."""
+    from rung.loop import evaluate as module
+
+    class Short:
+        def __init__(self, source: Any) -> None:
+            self._source = source
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._source, name)
+
+        @property
+        def num_eval_windows(self) -> int:
+            return self._source.num_eval_windows + 1
+
+        def read_eval(self, windows: Any) -> Any:
+            return self._source.read_eval([w % self._source.num_eval_windows for w in windows])
+
+    real = module.evaluate
+    from rung.loop import train as page
+
+    def wrong(model: Any, objective: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        return real(model, objective, Short(source), *args, **kwargs)
+
+    with mock.patch.object(page, "evaluate", wrong):
+        yield
+
+
+assert np

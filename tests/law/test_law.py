@@ -1,0 +1,113 @@
+"""The layout never changes the answer: a strength-2 covering array of layouts and options, in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from law.covering import Case, covering_array, uncovered_pairs
+from law.harness import FACTORS, LawBrokenError, Record, compare, legal, one_process, run_case, world_size
+from law.mutants import CASES, MUTANTS
+from law.workers import Workers
+
+COVERING = sorted(covering_array(FACTORS, legal, seed=2), key=lambda case: (-world_size(case), repr(case)))
+PLAIN: Case = {
+    "dp_shard": 2,
+    "dp_replicate": 1,
+    "micro_batch_size": 2,
+    "accumulation": 1,
+    "recompute": "none",
+    "compile": False,
+    "dropout": 0.0,
+    "packed": False,
+    "tied": False,
+    "kv_heads": 2,
+    "qk_norm": False,
+    "window": None,
+    "optim": "adamw",
+    "reshard": True,
+    "defer_sync": False,
+    "clip": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small corpus of many short documents, with a held-out split and its uneven tail."""
+    from rung.data import build_corpus
+
+    source = tmp_path_factory.mktemp("text")
+    generator = random.Random(5)
+    words = ["def", "return", "layout", "answer", "rank", "(x)", ":", "\n", "    ", "=", "sum", "count", "never", "ε"]
+    for index in range(60):
+        text = " ".join(generator.choice(words) for _ in range(generator.randint(2, 60)))
+        (source / f"{index:03}.txt").write_text(text)
+    out = tmp_path_factory.mktemp("corpus") / "law"
+    build_corpus([str(source)], out, vocab_size=300, valid_fraction=0.15, quiet=True)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    """One pool for every case of this file."""
+    pool = Workers(4)
+    yield pool
+    pool.close()
+
+
+_truths: dict[str, Record] = {}
+
+
+def truth(case: Case, corpus: str) -> Record:
+    """What one plain process computes; the layout and what trades memory for work are no part of it."""
+    from law.harness import global_batch_size
+
+    same = ("dropout", "packed", "tied", "kv_heads", "qk_norm", "window", "optim", "clip")
+    key = repr([case[name] for name in same] + [global_batch_size(case)])
+    if key not in _truths:
+        _truths[key] = one_process(case, corpus)
+    return _truths[key]
+
+
+def check(workers: Workers, case: Case, corpus: str, mutant: str | None = None) -> None:
+    record = workers.run(world_size(case), run_case, case, corpus, mutant)[0]
+    compare(record, truth(case, corpus))
+
+
+def test_covering_array_covers_every_pair() -> None:
+    missing = uncovered_pairs(FACTORS, COVERING)
+    impossible = {(("dp_shard", 4), ("dp_replicate", 2))}
+    assert missing == impossible
+
+
+@pytest.mark.parametrize("case", COVERING, ids=lambda case: "-".join(f"{v}" for v in case.values()))
+def test_the_layout_never_changes_the_answer(case: Case, corpus: str, workers: Workers) -> None:
+    check(workers, case, corpus)
+
+
+def test_the_plain_case_of_every_mutant_is_green(corpus: str, workers: Workers) -> None:
+    for case in {repr(CASES[name]): {**PLAIN, **CASES[name]} for name in MUTANTS}.values():
+        check(workers, case, corpus)
+
+
+@pytest.mark.parametrize("name", sorted(MUTANTS))
+def test_every_mutant_is_caught(name: str, corpus: str, workers: Workers) -> None:
+    case = {**PLAIN, **CASES[name]}
+    with pytest.raises((LawBrokenError, RuntimeError)) as caught:
+        check(workers, case, corpus, name)
+    if caught.type is RuntimeError:
+        # A rank may also refuse; but it must be our guard that speaks, not a broken mutant.
+        assert "other samples than the data order prescribes" in str(caught.value) or "checkpoint" in str(caught.value).lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(200))
+def test_random_cases(seed: int, corpus: str, workers: Workers) -> None:
+    generator = random.Random(seed)
+    case = {name: generator.choice(choices) for name, choices in FACTORS.items()}
+    case["compile"] = case["compile"] and seed % 10 == 0
+    if not legal(case):
+        case["dp_replicate"] = 1
+    check(workers, case, corpus)

@@ -1,0 +1,89 @@
+"""The sharding never changes the answer: one group of four processes runs every case of sharded_worker.py."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from rung.optim.exchange import assign_owners
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+
+
+def load_worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sharded_worker", WORKER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+worker = load_worker()
+Results = list[dict[tuple, list[tuple]]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), "4", str(folder / "rendezvous"), str(folder)], env=environment
+        )
+        for rank in range(4)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in ranks] == [0] * 4
+    finally:
+        for process in ranks:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
+
+
+def assemble(results: Results, case: tuple) -> dict[str, torch.Tensor]:
+    """Whole tensors from every rank's boxes; copies of one box must agree."""
+    whole: dict[str, torch.Tensor] = {}
+    for rank in results:
+        for name, box, values in rank.get(case, []):
+            parameter, _, state = name.partition("/")
+            shape = () if state == "step" else worker.SHAPES[parameter]
+            target = whole.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype))
+            there = target[box.slices()]
+            assert bool(there.isnan().all()) or torch.equal(there, values)
+            target[box.slices()] = values
+    return whole
+
+
+def test_one_group_runs_every_case(results: Results) -> None:
+    assert len(results[0]) == len(worker.CASES) * len(worker.CONFIGS) * len(worker.DTYPES)
+
+
+@pytest.mark.parametrize("dtype", worker.DTYPES)
+@pytest.mark.parametrize("optimizer", worker.CONFIGS)
+@pytest.mark.parametrize(("sharding", "size"), worker.CASES)
+def test_sharding_does_not_change_the_answer(
+    results: Results, sharding: str, size: int, optimizer: str, dtype: str
+) -> None:
+    torch.set_num_threads(1)  # as the workers: matrix products round otherwise on several threads
+    alone = worker.run(worker.CONFIGS[optimizer], worker.chunked, worker.DTYPES[dtype], 0, 1, None)
+    spread = assemble(results, (sharding, size, optimizer, dtype))
+    assert set(spread) == {name for name, _, _ in alone}
+    for name, _, values in alone:
+        if "step" in name:
+            assert values == worker.STEPS - 1 == spread[name]
+        elif optimizer != "adamw" and "_proj" in name:
+            assert torch.equal(values, spread[name]), name
+        else:  # torch's fused AdamW rounds the ragged end of each local tensor otherwise than its body
+            bound = 1e-14 if dtype == "float64" else 1e-6
+            torch.testing.assert_close(spread[name], values, rtol=bound, atol=bound)
+
+
+def test_owners_share_the_work() -> None:
+    assert assign_owners([5, 9, 5, 1, 4], 2) == [1, 0, 1, 1, 0]
+    assert assign_owners([1, 1], 4) == [0, 1]
+    assert assign_owners([], 3) == []

@@ -1,0 +1,200 @@
+"""Hugging Face model folders: written from a stream of tensors, read into a Decoder.
+
+A folder holds config.json, generation_config.json, safetensors shards (with an index when there are several) and, if
+there is a tokenizer, tokenizer.json and tokenizer_config.json. transformers is not needed to write or read it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rung.errors import UserError
+from rung.models import Decoder, ModelConfig, build, parameter_shapes
+from rung.models.huggingface import (
+    from_huggingface_config,
+    from_huggingface_name,
+    to_huggingface_config,
+    to_huggingface_name,
+)
+
+__all__ = ["export_huggingface", "load_huggingface"]
+
+_INDEX = "model.safetensors.index.json"
+
+
+def export_huggingface(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer_json: Path | None = None,
+    eos_id: int | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write the folder ``directory``, which must not exist yet or be empty; it appears complete or not at all.
+
+    tensors: (name, CPU tensor) of every parameter, all of one dtype, under the Decoder's names and in any order; the
+    stream is consumed once and at most one shard is held in memory. tokenizer_json: a file of the ``tokenizers``
+    library. eos_id: the id that ends a document, if any. max_shard_bytes: only a shard of one tensor may be larger.
+    """
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} already exists and is not an empty folder; remove it or choose another")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder
+        dtype = _write_shards(temporary, config, tensors, max_shard_bytes)
+        dtype_name = str(dtype).removeprefix("torch.")
+        _write_json(temporary / "config.json", to_huggingface_config(config, dtype=dtype_name, eos_id=eos_id))
+        _write_json(temporary / "generation_config.json", {"bos_token_id": None, "eos_token_id": eos_id})
+        if tokenizer_json is not None:
+            shutil.copyfile(tokenizer_json, temporary / "tokenizer.json")
+            _write_json(temporary / "tokenizer_config.json", _tokenizer_config(config, tokenizer_json, eos_id))
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_shards(
+    folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> torch.dtype:
+    """Write the weights and, if there are several shards, their index; return the tensors' dtype."""
+    missing = parameter_shapes(config)
+    shard: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+    shard_bytes = total_bytes = 0
+    dtype: torch.dtype | None = None
+
+    def flush() -> None:
+        # How many shards there will be is not known yet, so names are made final at the end.
+        nonlocal shard_bytes
+        save_file(shard, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+        shard_bytes = 0
+
+    for name, tensor in tensors:
+        shape = missing.pop(name, None)
+        if shape is None:
+            raise ValueError(f"{name} is not a parameter of this model, or came twice")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this model needs {shape}")
+        dtype = dtype or tensor.dtype
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype} where the tensors before it are {dtype}")
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+        shard[to_huggingface_name(name)] = tensor.detach().contiguous()
+        shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    if missing or dtype is None:
+        raise ValueError(f"missing parameters: {', '.join(missing)}")
+    flush()
+
+    if len(shards) == 1:
+        (folder / "0.partial").rename(folder / "model.safetensors")
+        return dtype
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.partial").rename(folder / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    _write_json(folder / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    return dtype
+
+
+def _tokenizer_config(config: ModelConfig, tokenizer_json: Path, eos_id: int | None) -> dict[str, Any]:
+    from tokenizers import Tokenizer
+
+    result: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    if eos_id is not None:
+        eos_token = Tokenizer.from_file(str(tokenizer_json)).id_to_token(eos_id)
+        if eos_token is None:
+            raise UserError(f"eos_id={eos_id} is not a token of {tokenizer_json}")
+        result["eos_token"] = eos_token
+    return result
+
+
+def load_huggingface(
+    directory: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[ModelConfig, Decoder]:
+    """The config and the Decoder of a folder of safetensors, in ``dtype`` on ``device``, in training mode."""
+    folder = Path(directory)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; a Hugging Face model folder is needed")
+    config = from_huggingface_config(json.loads((folder / "config.json").read_text()))
+    with torch.device("meta"):
+        model = build(config)
+    model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    parameters = dict(model.named_parameters())
+    missing, unknown = set(parameters), []
+    for path in _weight_files(folder):
+        with safe_open(path, framework="pt") as weights, torch.no_grad():
+            for theirs in weights.keys():  # noqa: SIM118 - not a dict
+                name = from_huggingface_name(theirs)
+                if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq"):
+                    continue  # a second copy of the embedding table; a buffer of old versions
+                if name not in parameters:
+                    unknown.append(theirs)
+                    continue
+                tensor = weights.get_tensor(theirs)
+                if tensor.shape != parameters[name].shape:
+                    raise UserError(
+                        f"{path}: {theirs} has shape {tuple(tensor.shape)}; "
+                        f"config.json asks for {tuple(parameters[name].shape)}"
+                    )
+                parameters[name].copy_(tensor)
+                missing.discard(name)
+    problems = [f"{folder} lacks {to_huggingface_name(name)}" for name in sorted(missing)]
+    problems += [f"{folder} holds {name}, which this model does not have" for name in unknown]
+    UserError.raise_all(problems)
+    return config, model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _INDEX).is_file():
+        names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    paths = [folder / name for name in names]
+    UserError.raise_all(f"{path} is missing; only safetensors can be read" for path in paths if not path.is_file())
+    return paths
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _flush(path: Path) -> None:
+    """Have the file or folder on disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

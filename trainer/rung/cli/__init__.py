@@ -1,0 +1,85 @@
+"""The ``rung`` command: verbs, and what an exit status means. No logic of its own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rung.errors import UserError
+
+__all__ = ["main", "run_and_exit"]
+
+VERBS = {
+    "train": ("rung.cli.train", "train a model: rung train [key=value ...]"),
+    "data": ("rung.cli.data", "build or inspect a corpus"),
+    "eval": ("rung.cli.evaluate", "held-out loss and bits per byte of a finished run"),
+    "sample": ("rung.cli.sample", "continue a prompt with a finished run's weights"),
+    "plot": ("rung.cli.plot", "draw loss curves of runs"),
+    "runs": ("rung.cli.runs", "list runs below a folder"),
+    "launch": ("rung.cli.launch", "start training on this machine or on Slurm"),
+    "doctor": ("rung.cli.doctor", "check this machine"),
+}
+
+USAGE = "usage: rung VERB [arguments]\n\n" + "\n".join(f"  {verb:8} {what}" for verb, (_, what) in VERBS.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 done, 2 the user's input is wrong, 75 stopped after saving, else failure."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    try:
+        if verb in ("-V", "--version"):
+            from rung import __version__
+
+            print(f"rung {__version__}")
+            return 0
+        if verb not in VERBS:
+            import difflib
+
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            raise UserError(f"unknown verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"one of: {', '.join(VERBS)}"))
+        status: int = importlib.import_module(VERBS[verb][0]).main(rest)
+        return status
+    except UserError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `rung runs | head`
+        sys.stderr.close()
+        return 0
+
+
+def _report(error: UserError) -> int:
+    """One clear message from one rank. The others give it time: a launcher ends all ranks when the first one exits."""
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        print(f"rung: error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2.0)
+    return 2
+
+
+def run_and_exit(argv: Sequence[str]) -> NoReturn:
+    """Run a verb as a whole process.
+
+    Threads of communication libraries can abort a process that is being torn down ("terminate called without an active
+    exception"), after its work is done; so output is flushed and the process ends at once.
+    """
+    status = 1
+    try:
+        status = main(argv)
+    except SystemExit as stop:  # argparse
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,7 @@
+"""The training loop: what a step is, in the order in which it happens."""
+
+from rung.loop.config import EvalConfig, RunConfig, TrainConfig
+from rung.loop.evaluate import evaluate
+from rung.loop.train import Outcome, Training, train
+
+__all__ = ["EvalConfig", "Outcome", "RunConfig", "TrainConfig", "Training", "evaluate", "train"]

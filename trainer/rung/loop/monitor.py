@@ -1,0 +1,219 @@
+"""Everything around the mathematics of a step: time, metrics, the console, signals, the heartbeat, the profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rung.loop.step import StepBatch, samples_digest
+from rung.observe import (
+    GarbageCollector,
+    GarbageConfig,
+    Heartbeat,
+    HeartbeatConfig,
+    LoggingConfig,
+    MemoryConfig,
+    MemorySettings,
+    MetricsLog,
+    ProfileConfig,
+    Profiler,
+    Progress,
+    StepMetrics,
+    StopSignals,
+    Stopwatch,
+    explain_out_of_memory,
+    memory_gib,
+    model_flops_utilization,
+    write_status,
+)
+
+if TYPE_CHECKING:
+    from rung.parallel import World
+
+__all__ = ["Monitor", "MonitorConfig", "RunFacts"]
+
+
+@dataclass
+class MonitorConfig:
+    """Settings of what watches a run."""
+
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+    garbage: GarbageConfig = field(default_factory=GarbageConfig)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a monitor must know of a run to say how fast it is and what it is."""
+
+    run_dir: str
+    total_steps: int
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops: float | None
+    memory: MemorySettings
+    max_skipped_steps: int
+    title: str
+    lines: Mapping[str, str]
+    settings: Mapping[str, object]
+
+
+class _Pending(NamedTuple):
+    """A step whose numbers may still be on their way from the device."""
+
+    step: int
+    digest: str
+    lr: float
+    numbers: Tensor
+    """loss, gradient norm, skipped; on the host once ``ready`` has passed."""
+    ready: torch.cuda.Event | None
+    seconds: float
+    phases: dict[str, float]
+
+
+class Monitor:
+    """Watches a run from its first step to its end; a context manager around the loop.
+
+    On CUDA a step's numbers are copied to the host without waiting and written when the *next* step has been queued, so
+    that looking at a run never makes the device wait; on CPU they are written at once.
+    """
+
+    def __init__(self, config: MonitorConfig, world: World, facts: RunFacts) -> None:
+        self._world, self._facts = world, facts
+        self._stack = ExitStack()
+        self._step = 0
+        self._skipped = self._skipped_in_a_row = 0
+        self._pending: _Pending | None = None
+        self.clock = Stopwatch()
+        self._signals = StopSignals(rank=world.rank)
+        self._heartbeat = Heartbeat.start(config.heartbeat, self._lost)
+        self._profiler = Profiler(config.profile, facts.run_dir, world.rank)
+        self._garbage = GarbageCollector(config.garbage)
+        self._metrics = MetricsLog(facts.run_dir, config.logging, world.is_main, run_settings=facts.settings)
+        self._progress = Progress(config.logging.console, facts.total_steps, world.is_main)
+        self._memory = explain_out_of_memory(config.memory, facts.memory, facts.run_dir, world.rank)
+
+    def __enter__(self) -> Monitor:
+        self._metrics.truncate_to(0)
+        self._status("running")
+        self._progress.header(self._facts.title, self._facts.lines)
+        self._stack.callback(self._metrics.close)
+        for part in (self._heartbeat, self._signals, self._progress, self._garbage, self._profiler, self._memory):
+            self._stack.enter_context(part)
+        self.clock.lap()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._stack.__exit__(kind, error, trace)
+        except BaseException as better:  # the heartbeat names the ranks that died
+            error = better
+            raise
+        finally:
+            if error is not None:
+                self._status("failed", f"{type(error).__name__}: {error}")
+
+    @property
+    def stop_requested(self) -> bool:
+        """This rank received a signal to stop."""
+        return self._signals.requested != 0
+
+    @property
+    def stop_status(self) -> int:
+        """Exit status of a run that a signal stopped."""
+        return 128 + (self._signals.requested or 15)
+
+    def begin(self, step: int) -> None:
+        """A step starts."""
+        self._step = step
+        self._heartbeat.at(step)
+        self._profiler.before(step)
+
+    def end(self, step: int, batch: StepBatch, lr: float, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
+        """A step is queued; its numbers are 0-dim tensors. Raises FloatingPointError after too many skipped in a row."""
+        numbers, ready = torch.stack([loss, norm, skipped]), None
+        on_device = self._world.device.type == "cuda"
+        if on_device:
+            numbers = numbers.to("cpu", non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+            self._write()
+        seconds, phases = self.clock.lap()
+        self._pending = _Pending(step, samples_digest(batch.sample_ids), lr, numbers, ready, seconds, phases)
+        if not on_device or step == self._facts.total_steps:
+            self._write()
+        self._profiler.after(step)
+        self._garbage.step(step)
+
+    def evaluated(self, step: int, results: Mapping[str, float]) -> None:
+        """An evaluation made after ``step``."""
+        self._write()
+        if results and self._world.is_main:
+            loss, bits = results["eval_loss"], results.get("bits_per_byte")
+            self._metrics.log_evaluation(step, loss, bits)
+            self._progress.evaluation(step, loss, bits)
+        self.clock.lap()
+
+    def message(self, text: str) -> None:
+        """Show a line on rank 0."""
+        self._progress.message(text)
+
+    def finish(self, state: str, step: int, facts: Mapping[str, str]) -> None:
+        """The loop ended in good order: last numbers, summary, status."""
+        self._write()
+        self._progress.finish(f"{state} at step {step}", facts)
+        self._status(state, step=step)
+
+    def _write(self) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        if pending.ready is not None:
+            pending.ready.synchronize()
+        loss, norm, skipped = pending.numbers.tolist()
+        self._skipped += int(skipped)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._world.is_main:
+            rate = self._facts.tokens_per_step / pending.seconds
+            metrics = StepMetrics(
+                step=pending.step,
+                loss=loss,
+                grad_norm=norm,
+                lr=pending.lr,
+                tokens=pending.step * self._facts.tokens_per_step,
+                samples_digest=pending.digest,
+                step_seconds=pending.seconds,
+                tokens_per_second=rate,
+                mfu=model_flops_utilization(
+                    rate, self._facts.flops_per_token, self._world.size, self._facts.peak_flops
+                ),
+                memory_gib=memory_gib(self._world.device),
+                phase_seconds=pending.phases,
+                skipped_steps=self._skipped,
+            )
+            self._metrics.log_step(metrics)
+            self._progress.step(metrics)
+            self._status("running", step=pending.step)
+        if self._skipped_in_a_row >= self._facts.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: step {pending.step}); "
+                "all of them were skipped. Lower optim.lr, lengthen schedule.warmup_steps or look at the data"
+            )
+
+    def _status(self, state: str, error: str | None = None, step: int | None = None) -> None:
+        if self._world.is_main:
+            write_status(self._facts.run_dir, state, self._step if step is None else step, error)
+
+    def _lost(self, message: str, step: int) -> None:
+        """Other ranks fell silent and this process is about to end; called from the heartbeat's thread."""
+        write_status(self._facts.run_dir, "failed", step, message)

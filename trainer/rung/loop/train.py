@@ -1,0 +1,109 @@
+"""The training loop, on one page. Everything that is not the mathematics of a step is a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rung.data import DataSource
+from rung.layout import Layout
+from rung.loop.config import EvalConfig, TrainConfig
+from rung.loop.evaluate import evaluate
+from rung.loop.monitor import Monitor
+from rung.loop.step import StepReader, forward_backward
+from rung.objectives import Objective
+from rung.optim import LocalParameter, Optimizer
+from rung.parallel import GradientSync, World, all_reduce_sums, attach_gradients, squared_norm
+
+__all__ = ["Outcome", "Training", "train", "update"]
+
+
+@dataclass
+class Training:
+    """Everything a loop needs, put together by a recipe."""
+
+    world: World
+    layout: Layout
+    model: nn.Module
+    objective: Objective
+    parameters: list[LocalParameter]
+    optimizer: Optimizer
+    learning_rate: Callable[[int], float]
+    source: DataSource
+    sync: GradientSync
+    monitor: Monitor
+    settings: TrainConfig
+    evaluation: EvalConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a loop ended: completed or stopped by a signal, after which step, with which last evaluation."""
+
+    state: str
+    step: int
+    evaluation: dict[str, float]
+
+
+def train(run: Training) -> Outcome:
+    """Run ``settings.steps`` optimizer steps; collective, the same control flow on every rank."""
+    settings, monitor, device = run.settings, run.monitor, run.world.device
+    reader = StepReader(run.source, run.layout, run.world.rank, run.objective, settings, device)
+    results: dict[str, float] = {}
+    run.model.train()
+    for step in range(1, settings.steps + 1):
+        monitor.begin(step)
+        with monitor.clock("data"):
+            batch = reader.read(step, stop=monitor.stop_requested)
+        if batch.stop:
+            return Outcome("stopped", step - 1, results)
+        with monitor.clock("forward_backward"):
+            sums = forward_backward(run.model, run.objective, batch, torch.tensor(step, device=device), run.sync)
+        with monitor.clock("optimizer"):
+            lr = run.learning_rate(step)
+            loss, norm, skipped = update(run, sums, batch.counts, lr)
+        monitor.end(step, batch, lr, loss, norm, skipped)
+        if step == 1:
+            run.world.set_timeout(settings.timeout_seconds)
+        if step == settings.steps or (run.evaluation.interval and step % run.evaluation.interval == 0):
+            with monitor.clock("evaluation"):
+                results = evaluate_run(run)
+            monitor.evaluated(step, results)
+    return Outcome("completed", settings.steps, results)
+
+
+def update(run: Training, sums: dict[str, Tensor], counts: dict[str, int], lr: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimizer step from summed gradients; returns (loss, gradient norm before clipping, 1.0 where skipped).
+
+    All three are 0-dim float64 on the device and equal on every rank, so that ranks agree on clipping and on skipping a
+    step with a non-finite loss or gradient without asking the host.
+    """
+    attach_gradients(run.model, run.parameters)
+    totals = all_reduce_sums({**sums, "norm²": squared_norm(run.parameters, run.world.device)}, run.world.device)
+    norm = totals.pop("norm²").sqrt()
+    loss = torch.stack([run.objective.weights[k] / max(counts[k], 1) * total for k, total in totals.items()]).sum()
+    skipped = (~(torch.isfinite(norm) & torch.isfinite(loss))).double()
+    clip = run.settings.clip_grad_norm
+    scale = torch.where(skipped > 0, 1.0, (norm / clip).clamp(min=1.0)) if clip else None
+    run.optimizer.step(lr, grad_scale=scale, skip=skipped)
+    run.model.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
+    return loss, norm, skipped
+
+
+def evaluate_run(run: Training) -> dict[str, float]:
+    """Evaluate with the run's own settings."""
+    batches = run.evaluation.batches
+    return evaluate(
+        run.model,
+        run.objective,
+        run.source,
+        run.layout,
+        run.world.rank,
+        micro_batch_size=run.settings.micro_batch_size,
+        max_windows=batches * run.settings.global_batch_size if batches else None,
+        device=run.world.device,
+    )

@@ -1,0 +1,93 @@
+"""AdamW: torch's fused kernels over local shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rung.config import choice_problem
+from rung.optim.base import LocalParameter, OptimConfig, Optimizer, StateTensor, adam_problems
+
+__all__ = ["AdamW", "AdamWConfig"]
+
+
+@dataclass
+class AdamWConfig(OptimConfig):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    name: str = "adamw"
+    """Which optimizer."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def validate(self) -> list[str]:
+        """Problems with these settings."""
+        return [
+            *choice_problem("optim.name", self.name, ("adamw",)),
+            *super().validate(),
+            *adam_problems(self.betas, self.eps),
+        ]
+
+
+class AdamW(Optimizer):
+    """``torch.optim.AdamW(fused=True)``; weight decay acts on tensors of two and more logical dimensions only.
+
+    Elementwise, so no communication. The CPU kernel rounds the last few elements of a tensor otherwise than its
+    vectorised body, hence shardings may differ by one unit in the last place of float32.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[LocalParameter],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        super().__init__(parameters)
+        decayed = [p.local for p in self.parameters if len(p.logical.shape) >= 2]
+        others = [p.local for p in self.parameters if len(p.logical.shape) < 2]
+        groups = [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self._torch = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+        for parameter in self.parameters:  # torch would create this at the first step: too late to load into
+            self._torch.state[parameter.local] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.local.device),
+                "exp_avg": torch.zeros_like(parameter.local),
+                "exp_avg_sq": torch.zeros_like(parameter.local),
+            }
+        # The kernels read grad_scale as float32, and some round it to the parameter's dtype: good for float32 only.
+        self._kernel_scales = all(p.local.dtype == torch.float32 for p in self.parameters)
+
+    @torch.no_grad()
+    def step(self, lr: float, grad_scale: Tensor | None = None, skip: Tensor | None = None) -> None:
+        if not self.parameters:
+            return
+        for parameter in self.parameters:
+            parameter.local.grad = parameter.gradient()
+        if grad_scale is not None and not self._kernel_scales:
+            torch._foreach_div_([p.local.grad for p in self.parameters], grad_scale)
+            grad_scale = None
+        for group in self._torch.param_groups:
+            group["lr"] = lr
+        # The protocol of torch.amp.GradScaler: the kernels divide gradients by grad_scale, return early where found_inf
+        # is 1.0, and the step counters, raised before, are lowered by found_inf.
+        self._torch.grad_scale = None if grad_scale is None else grad_scale.float()  # type: ignore[attr-defined]
+        self._torch.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
+        self._torch.step()
+
+    def named_state(self) -> dict[str, StateTensor]:
+        entries = {}
+        for parameter in self.parameters:
+            for name, tensor in self._torch.state[parameter.local].items():
+                make = parameter.scalar_state if name == "step" else parameter.state
+                key, entry = make(name, tensor)
+                entries[key] = entry
+        return entries

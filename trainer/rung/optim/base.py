@@ -1,0 +1,128 @@
+"""What every optimizer here receives, keeps and promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rung.layout import Box, LogicalTensor
+
+__all__ = ["LocalParameter", "OptimConfig", "Optimizer", "StateTensor"]
+
+
+@dataclass
+class OptimConfig:
+    """Settings that every optimizer has."""
+
+    name: str = ""
+    """Which optimizer."""
+    lr: float = 1e-3
+    """Peak learning rate; the schedule scales it."""
+    weight_decay: float = 0.1
+    """Decoupled decay per step, times the learning rate; parameters of one dimension (norms) are never decayed."""
+
+    def validate(self) -> list[str]:
+        """Problems with these settings, each with the value and what is legal."""
+        problems = []
+        if not (math.isfinite(self.lr) and self.lr >= 0):
+            problems.append(f"optim.lr={self.lr} must be a finite number, 0 or more")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            problems.append(f"optim.weight_decay={self.weight_decay} must be a finite number, 0 or more")
+        return problems
+
+
+def adam_problems(betas: list[float], eps: float) -> list[str]:
+    """Problems with Adam's coefficients, which several optimizers share."""
+    problems = []
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        problems.append(f"optim.betas={list(betas)} must be two numbers in [0, 1), as [0.9, 0.95]")
+    if not eps > 0:
+        problems.append(f"optim.eps={eps} must be above zero")
+    return problems
+
+
+@dataclass(eq=False)
+class LocalParameter:
+    """One trainable parameter as this rank holds it."""
+
+    name: str
+    """Logical name, as ``layers.0.mlp.up_proj.weight``."""
+    local: Tensor
+    """The rank's plain, contiguous tensor: storage shared with the model. May have no element at all."""
+    logical: LogicalTensor
+    """Global shape, and where the local elements sit in it."""
+    group: dist.ProcessGroup | None = None
+    """Ranks that together hold the whole tensor; None where this rank holds all of it."""
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Summed gradient of the local elements, same shape and dtype as ``local``. None counts as zero."""
+        return self.local.grad
+
+    def gradient(self) -> Tensor:
+        """``grad``, contiguous; zeros where there is none.
+
+        Zeros rather than "not updated": whether a tensor got a gradient may differ between ranks, its update may not.
+        """
+        return torch.zeros_like(self.local) if self.local.grad is None else self.local.grad.contiguous()
+
+    def state(self, state_name: str, tensor: Tensor) -> tuple[str, StateTensor]:
+        """Checkpoint entry of a state shaped and spread like the parameter."""
+        name = f"{self.name}/{state_name}"
+        return name, StateTensor(tensor, dataclasses.replace(self.logical, name=name, dtype=tensor.dtype))
+
+    def scalar_state(self, state_name: str, tensor: Tensor) -> tuple[str, StateTensor]:
+        """Checkpoint entry of a 0-dim state that every holder of the parameter has; who owns element 0 owns it."""
+        name = f"{self.name}/{state_name}"
+        owned = any(
+            own and box.numel > 0 and not any(box.offsets)
+            for box, own in zip(self.logical.boxes, self.logical.owned, strict=True)
+        )
+        point = Box((), ())
+        logical = dataclasses.replace(
+            self.logical, name=name, dtype=tensor.dtype, shape=(), boxes=(point,), local_boxes=(point,), owned=(owned,)
+        )
+        return name, StateTensor(tensor, logical)
+
+
+class StateTensor(NamedTuple):
+    """A live tensor of optimizer state (load by copying into it) and what it is logically."""
+
+    tensor: Tensor
+    logical: LogicalTensor
+
+
+class Optimizer(ABC):
+    """Updates local parameters in place. State exists from construction on, so that loading is copying."""
+
+    def __init__(self, parameters: Iterable[LocalParameter]) -> None:
+        self.parameters = list(parameters)
+        scattered = [p.name for p in self.parameters if not p.local.is_contiguous()]
+        if scattered:  # fused kernels read storage in order, whatever the strides say
+            raise RuntimeError(f"local tensors must be contiguous; these are not: {', '.join(scattered)}")
+
+    @abstractmethod
+    def step(self, lr: float, grad_scale: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """Update every parameter from its gradient divided by ``grad_scale``, at learning rate ``lr``.
+
+        grad_scale, skip: 0-dim floating tensors on the parameters' device, equal on every rank. Where ``skip`` is 1.0,
+        weights and state keep every bit, and gradients may be NaN; the host never learns. Gradients are used up: what
+        they hold afterwards is undefined. Collective over the parameters' groups.
+        """
+
+    @abstractmethod
+    def named_state(self) -> dict[str, StateTensor]:
+        """All state, as ``parameter name/state name``. States of a sharded parameter are sharded like it."""
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.parameters:
+            parameter.local.grad = None

@@ -1,0 +1,38 @@
+"""The optimizers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from rung.config import choice_problem
+from rung.errors import UserError
+from rung.optim.adamw import AdamW, AdamWConfig
+from rung.optim.base import LocalParameter, OptimConfig, Optimizer
+from rung.optim.muon import Muon, MuonConfig
+
+__all__ = ["OPTIMIZERS", "build_optimizer"]
+
+
+class Entry(NamedTuple):
+    """An optimizer's settings, and what makes it from parameters and settings."""
+
+    config: type[OptimConfig]
+    build: Callable[[Sequence[LocalParameter], Any], Optimizer]
+
+
+def _adamw(parameters: Sequence[LocalParameter], config: AdamWConfig) -> AdamW:
+    return AdamW(parameters, betas=(config.betas[0], config.betas[1]), eps=config.eps, weight_decay=config.weight_decay)
+
+
+OPTIMIZERS = {"adamw": Entry(AdamWConfig, _adamw), "muon": Entry(MuonConfig, Muon)}
+"""A further optimizer is one line here and a file in configs/optim/."""
+
+
+def build_optimizer(config: OptimConfig, parameters: Sequence[LocalParameter]) -> Optimizer:
+    """The optimizer that ``config`` names, over these parameters. Collective over the parameters' groups.
+
+    Raises UserError with every problem of ``config``.
+    """
+    UserError.raise_all(choice_problem("optim.name", config.name, tuple(OPTIMIZERS)) or config.validate())
+    return OPTIMIZERS[config.name].build(parameters, config)

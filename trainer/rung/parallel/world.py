@@ -1,0 +1,148 @@
+"""The ranks of a run: found in the environment of torchrun or srun, or one process alone."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rung.errors import UserError
+
+__all__ = ["World", "world_size_from_environment"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Place:
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def _place() -> _Place:
+    """torchrun's variables first; then those that srun sets for the tasks of a step (a batch shell has none)."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        return _Place(int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_STEP_NUM_TASKS"]))
+    return _Place(0, 0, 1)
+
+
+def world_size_from_environment() -> int:
+    """Ranks that the launcher started; needs no process group."""
+    return _place().world_size
+
+
+def rank_from_environment() -> int:
+    """This process's rank; needs no process group."""
+    return _place().rank
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. ``device`` is where its tensors live."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 talks to people and writes shared files."""
+        return self.rank == 0
+
+    @classmethod
+    def join(cls, device: str = "auto", timeout_seconds: float = 1800.0) -> World:
+        """Create the default process group: NCCL and gloo with CUDA, gloo on CPU; one process alone needs no network.
+
+        ``device`` is auto, cpu or cuda. ``timeout_seconds`` bounds every collective until ``set_timeout`` changes it.
+        """
+        place = _place()
+        kind = choose_device(device)
+        if kind == "cuda":
+            if place.local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"local rank {place.local_rank} has no GPU of its own: {torch.cuda.device_count()} visible; "
+                    "start as many processes per node as GPUs, or use device=cpu"
+                )
+            torch.cuda.set_device(place.local_rank)
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_seconds)}
+        if place.world_size == 1 and "MASTER_ADDR" not in os.environ:
+            options.update(store=dist.HashStore(), rank=0, world_size=1)
+        elif "RANK" not in os.environ:
+            address, port = _slurm_rendezvous()
+            options.update(init_method=f"tcp://{address}:{port}", rank=place.rank, world_size=place.world_size)
+        dist.init_process_group(backend, **options)
+        index = torch.cuda.current_device() if kind == "cuda" else None
+        return cls(place.rank, place.local_rank, place.world_size, torch.device(kind, index))
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Destroy the process group; not after a failure, when other ranks may be gone and destroying could hang."""
+        if dist.is_initialized() and (kind is None or issubclass(kind, UserError)):
+            dist.destroy_process_group()
+
+    def set_timeout(self, seconds: float) -> None:
+        """Bound collectives from here on: the first step compiles and builds communicators, later ones must be quick."""
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        _set_pg_timeout(datetime.timedelta(seconds=seconds), dist.group.WORLD)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on rank 0 while the others wait; its result, or its UserError, is everybody's."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except UserError as error:
+                outcome[1] = str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        result: T = outcome[0]
+        return result
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def choose_device(device: str) -> str:
+    """cpu or cuda; auto takes CUDA where a GPU works. Raises UserError when CUDA is asked for and absent."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={device} is not one of: auto, cpu, cuda")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        built = "this torch was built without CUDA" if torch.version.cuda is None else "no usable GPU or driver was found"
+        raise UserError(f"device=cuda, but {built}; use device=cpu, or install a CUDA build of torch {torch.__version__}")
+    return "cuda" if available and device != "cpu" else "cpu"
+
+
+def _slurm_rendezvous() -> tuple[str, int]:
+    """The first node of the job, and a port that two jobs on one node do not share."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    job = int(os.environ["SLURM_JOB_ID"])
+    try:
+        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        head = listing.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        if "[" in nodes or "," in nodes:
+            raise UserError(f"cannot read the node list {nodes!r}: scontrol is missing; set MASTER_ADDR and RANK, or use torchrun") from None
+        head = nodes
+    return head, 20000 + job % 20000

@@ -1,0 +1,1 @@
+"""What is trained: each recipe composes the floors below."""

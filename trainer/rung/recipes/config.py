@@ -1,0 +1,141 @@
+"""The whole configuration: one field per component, each component's settings beside its code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rung.config import Node, choice_problem, compose
+from rung.data import DataConfig
+from rung.errors import UserError
+from rung.layout import Layout
+from rung.loop.config import EvalConfig, RunConfig, TrainConfig
+from rung.models import ModelConfig
+from rung.observe import GarbageConfig, HeartbeatConfig, LoggingConfig, MemoryConfig, ProfileConfig
+from rung.optim import AdamWConfig, MuonConfig, OptimConfig, ScheduleConfig
+from rung.parallel.config import PRECISIONS, ParallelConfig
+
+__all__ = ["Config", "RecipeConfig", "load_config", "validate"]
+
+
+@dataclass
+class RecipeConfig:
+    """Which recipe runs."""
+
+    name: str = "pretrain"
+    """pretrain: next-token prediction on a corpus."""
+
+
+@dataclass
+class ExportConfig:
+    """What a finished run leaves behind beside its metrics."""
+
+    huggingface: bool = True
+    """Write the weights as a Hugging Face directory, run.dir/export."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Prompts continued and shown at the end of the run."""
+    sample_tokens: int = 64
+    """Tokens generated per prompt."""
+
+
+@dataclass
+class Config:
+    """Every setting of a run. `rung train --help` shows the groups, `rung train --cfg` the composed values."""
+
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=AdamWConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+    garbage: GarbageConfig = field(default_factory=GarbageConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    precision: str = "float32"
+    """float64 (the law is exact to 1e-10), float32, or bf16 (float32 masters, bf16 gather and compute)."""
+    compile: bool = False
+    """Compile each layer with torch.compile, in place."""
+    engine: str = "native"
+    """Who runs the step. native: torch.distributed."""
+    device: str = "auto"
+    """auto takes CUDA where a GPU works; cpu; cuda."""
+
+
+NODES = (
+    Node("model", "model_schema", ModelConfig),
+    Node("data", "data_schema", DataConfig),
+    Node("optim", "adamw_schema", AdamWConfig),
+    Node("optim", "muon_schema", MuonConfig),
+    Node("schedule", "schedule_schema", ScheduleConfig),
+    Node("recipe", "recipe_schema", RecipeConfig),
+)
+
+
+def load_config(overrides: Sequence[str], world_size: int) -> tuple[Config, Layout]:
+    """Compose and check a configuration for ``world_size`` ranks; no process group, no data, no GPU is touched.
+
+    Raises UserError with every problem at once.
+    """
+    config = compose(Config, overrides, nodes=NODES)
+    config.run.dir = os.path.abspath(os.path.expanduser(config.run.dir))
+    return config, validate(config, world_size)
+
+
+def validate(config: Config, world_size: int) -> Layout:
+    """The layout of a valid configuration; UserError with every problem of every component otherwise."""
+    problems: list[str] = []
+    for component in (config.run, config.train, config.data, config.model, config.optim, config.schedule):
+        problems += component.validate()
+    for other in (config.parallel, config.eval, config.logging, config.profile, config.heartbeat, config.garbage):
+        problems += other.validate()
+    problems += choice_problem("precision", config.precision, PRECISIONS)
+    problems += choice_problem("engine", config.engine, ("native",))
+    problems += choice_problem("device", config.device, ("auto", "cpu", "cuda"))
+    problems += choice_problem("recipe", config.recipe.name, ("pretrain",))
+    if config.data.seq_len > config.model.max_position_embeddings:
+        problems.append(
+            f"data.seq_len={config.data.seq_len} exceeds model.max_position_embeddings="
+            f"{config.model.max_position_embeddings}; shorten the sequences or raise the model's limit"
+        )
+    layout: Layout | None = None
+    try:
+        layout = config.parallel.layout(world_size)
+        problems += layout.check_batch(config.train.global_batch_size, config.train.micro_batch_size)
+    except UserError as error:
+        problems.append(str(error))
+    UserError.raise_all(problems)
+    assert layout is not None
+    return layout
+
+
+FREE_TO_CHANGE = ("run.", "parallel.", "logging.", "profile.", "memory.", "heartbeat.", "garbage.", "export.", "eval.")
+FREE_KEYS = {
+    "train.micro_batch_size",
+    "train.steps",
+    "train.first_timeout_seconds",
+    "train.timeout_seconds",
+    "compile",
+}
+
+
+def changes_that_matter(old: dict[str, Any], new: dict[str, Any], allowed: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Keys changed between two flat configurations: (those that may, those that may not without run.allow_changes)."""
+    import fnmatch
+
+    from rung.config import differences
+
+    harmless, serious = [], []
+    for key, (before, after) in differences(old, new).items():
+        line = f"{key}: {before} -> {after}"
+        free = key in FREE_KEYS or (key.startswith(FREE_TO_CHANGE) and key != "run.seed")
+        allow = any(fnmatch.fnmatch(key, p) or fnmatch.fnmatch(key, p + ".*") for p in allowed)
+        (harmless if free or allow else serious).append(line)
+    return harmless, serious

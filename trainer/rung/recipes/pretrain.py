@@ -1,0 +1,125 @@
+"""Pretraining: next-token prediction on a corpus. Composes the floors below into one run."""
+
+from __future__ import annotations
+
+import os
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from rung.config import flatten
+from rung.data import DataSource, check_vocab, open_data, prepare
+from rung.layout import Layout
+from rung.loop import Training, train
+from rung.loop.monitor import Monitor, MonitorConfig, RunFacts
+from rung.models import build, num_parameters, train_flops_per_token
+from rung.objectives import CausalLM
+from rung.observe import MemorySettings, human_count, peak_flops
+from rung.optim import build_optimizer, lr_at
+from rung.parallel import GradientSync, World, build_mesh, dtypes, initialize, local_parameters, parallelize
+from rung.recipes.config import Config
+from rung.recipes.finish import finish
+from rung.recipes.folder import claim
+
+__all__ = ["assemble", "pretrain", "spread_model"]
+
+
+def pretrain(config: Config, layout: Layout) -> int:
+    """Train, evaluate, export; returns the exit status. Collective over the ranks that the launcher started."""
+    set_numerics(config)
+    with World.join(config.device, config.train.first_timeout_seconds) as world:
+        notes: list[str] = []
+        locks: list[IO[Any]] = []  # the lock on run.dir is held until this function returns
+        world.on_main(lambda: locks.append(claim(config, notes)))
+        world.on_main(lambda: prepare(config.data))
+        source = open_data(config.data, config.run.seed)
+        check_vocab(source, config.model.vocab_size)
+        with Monitor(monitor_config(config), world, run_facts(config, layout, world)) as monitor:
+            for note in notes:
+                monitor.message(note)
+            run = assemble(config, layout, world, source, monitor)
+            outcome = train(run)
+            facts = finish(config, run, outcome) if outcome.state == "completed" else {}
+            monitor.finish(outcome.state, outcome.step, facts)
+    return 0 if outcome.state == "completed" else monitor.stop_status
+
+
+def assemble(config: Config, layout: Layout, world: World, source: DataSource, monitor: Monitor) -> Training:
+    """Everything a loop needs: the model spread and initialised, the optimizer over this rank's part of it."""
+    model = spread_model(config, layout, world)
+    parameters = local_parameters(model)
+    return Training(
+        world=world,
+        layout=layout,
+        model=model,
+        objective=CausalLM(),
+        parameters=parameters,
+        optimizer=build_optimizer(config.optim, parameters),
+        learning_rate=lambda step: lr_at(config.schedule, step, config.train.steps, config.optim.lr),
+        source=source,
+        sync=GradientSync(model, defer=config.parallel.defer_gradient_sync),
+        monitor=monitor,
+        settings=config.train,
+        evaluation=config.eval,
+    )
+
+
+def spread_model(config: Config, layout: Layout, world: World) -> nn.Module:
+    """Meta device -> recompute, compile, FSDP2 -> storage -> initial values of the boxes this rank holds."""
+    types = dtypes(config.precision)
+    with torch.device("meta"):
+        model = build(config.model, draws_seed=config.run.seed).to(types.parameters)
+    parallelize(model, build_mesh(layout, world.device.type), config.parallel, types, compile_blocks=config.compile)
+    initialize(model, world.device, config.run.seed)
+    return model
+
+
+def set_numerics(config: Config) -> None:
+    """float32 means float32: TF32 stays off. Deterministic kernels only where asked for."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def monitor_config(config: Config) -> MonitorConfig:
+    """The settings of what watches a run."""
+    return MonitorConfig(config.logging, config.profile, config.memory, config.heartbeat, config.garbage)
+
+
+def run_facts(config: Config, layout: Layout, world: World) -> RunFacts:
+    """What the header of a run says and what its speed is measured by."""
+    train, parallel = config.train, config.parallel
+    tokens = train.global_batch_size * config.data.seq_len
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    axes = " × ".join(f"{axis} {getattr(layout, axis)}" for axis in ("dp_replicate", "dp_shard") if getattr(layout, axis) > 1)
+    accumulation = train.global_batch_size // (layout.data_size * train.micro_batch_size)
+    batch = f"{train.global_batch_size} × {config.data.seq_len} = {tokens} tokens per step"
+    return RunFacts(
+        run_dir=config.run.dir,
+        total_steps=train.steps,
+        tokens_per_step=tokens,
+        flops_per_token=train_flops_per_token(config.model, config.data.seq_len),
+        peak_flops=peak_flops(device, config.precision),
+        memory=MemorySettings(
+            activation_checkpointing=parallel.activation_checkpointing,
+            micro_batch_size=train.micro_batch_size,
+            dp_replicate=layout.dp_replicate,
+            dp_shard=layout.dp_shard,
+            world_size=world.size,
+        ),
+        max_skipped_steps=train.max_skipped_steps,
+        title=f"rung {config.recipe.name}: {config.run.name}",
+        lines={
+            "model": f"{human_count(num_parameters(config.model))} parameters",
+            "data": f"{config.data.name}, {batch}",
+            "layout": f"{world.size} × {device}, {axes or 'one process'}, micro-batch {train.micro_batch_size}, accumulation {accumulation}",
+            "numerics": f"{config.precision}, seed {config.run.seed}" + (", compiled" if config.compile else ""),
+            "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, {config.schedule.name}, {train.steps} steps",
+            "folder": config.run.dir,
+        },
+        settings=flatten(config),
+    )

@@ -1,0 +1,5 @@
+"""Text from a model."""
+
+from rung.rollout.generate import generate
+
+__all__ = ["generate"]

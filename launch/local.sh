@@ -28,8 +28,6 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=$((cores > nproc_per_node ? cores / nproc_per_node : 1))
 fi
-# A stopped worker writes a checkpoint; torchrun's 30 seconds are too few for a large one.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # SIGUSR1 means "save and stop". The workers handle it; it would kill the agent, which has no handler for it.
 trap '' USR1
 

@@ -12,10 +12,14 @@ from rung.recipes.config import changes_that_matter, load_config
 
 
 def options(group: str) -> list[str]:
-    return sorted(p.name[:-5] for p in resources.files("rung.configs").joinpath(group).iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name[:-5] for p in resources.files("rung.configs").joinpath(group).iterdir() if p.name.endswith(".yaml")
+    )
 
 
-@pytest.mark.parametrize("choice", [f"{g}={o}" for g in ("model", "data", "optim", "schedule", "recipe") for o in options(g)])
+@pytest.mark.parametrize(
+    "choice", [f"{g}={o}" for g in ("model", "data", "optim", "schedule", "recipe") for o in options(g)]
+)
 def test_every_option_composes(choice: str) -> None:
     extra = ["data.paths=[somewhere]"] if choice == "data=corpus" else []
     config, layout = load_config([choice, *extra], 1)
@@ -85,7 +89,9 @@ def test_what_may_change_in_a_run_folder() -> None:
         new = flatten(load_config([override], 1)[0])
         harmless, broken = changes_that_matter(old, new, [])
         assert bool(broken) is serious and bool(harmless) is not serious, override
-        assert not changes_that_matter(old, new, ["model", "optim.*", "data.seq_len", "train.*", "run.seed", "precision"])[1]
+        assert not changes_that_matter(
+            old, new, ["model", "optim.*", "data.seq_len", "train.*", "run.seed", "precision"]
+        )[1]
 
 
 def test_yaml_holds_every_key() -> None:

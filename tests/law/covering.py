@@ -13,7 +13,11 @@ Case = dict[str, Any]
 
 
 def covering_array(
-    factors: Mapping[str, Sequence[Any]], legal: Callable[[Case], bool] = lambda case: True, *, seed: int = 0, tries: int = 40
+    factors: Mapping[str, Sequence[Any]],
+    legal: Callable[[Case], bool] = lambda case: True,
+    *,
+    seed: int = 0,
+    tries: int = 40,
 ) -> list[Case]:
     """A strength-2 covering array of ``factors`` by greedy search: every pair that some legal case holds is in one.
 
@@ -43,9 +47,7 @@ def covering_array(
 def uncovered_pairs(factors: Mapping[str, Sequence[Any]], cases: Sequence[Case]) -> set[Any]:
     """Pairs of choices that meet in none of ``cases``."""
     names = list(factors)
-    pairs = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]
-    }
+    pairs = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
     for case in cases:
         pairs -= _pairs(case, names)
     return pairs

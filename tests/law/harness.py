@@ -232,10 +232,10 @@ def run_case(case: Case, corpus: str, mutant: str | None = None) -> Record | Non
     """Run the case on this rank's process group with the real loop; the record on rank 0."""
     from law.mutants import MUTANTS
 
+    from rung.data import open_data
     from rung.layout import local_view, logical_tensors
     from rung.loop import train
     from rung.parallel import World
-    from rung.data import open_data
     from rung.recipes.config import load_config
     from rung.recipes.pretrain import assemble
 

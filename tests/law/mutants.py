@@ -39,15 +39,17 @@ def gradients_averaged_over_ranks() -> Iterator[None]:
 @mutant()
 def mean_of_micro_batch_means() -> Iterator[None]:
     """Each micro-batch divides by its own count."""
-    from rung.loop import train as page
     from rung.loop import step as parts
+    from rung.loop import train as page
 
     real = parts.forward_backward
 
     def wrong(model: Any, objective: Any, batch: Any, step: Any, sync: Any) -> Any:
         totals: dict[str, Any] = {}
         for micro in batch.micro_batches:
-            counts = {k: int(v) * len(batch.micro_batches) * dist.get_world_size() for k, v in objective.counts(micro).items()}
+            counts = {
+                k: int(v) * len(batch.micro_batches) * dist.get_world_size() for k, v in objective.counts(micro).items()
+            }
             part = parts.StepBatch(batch.sample_ids, [micro], counts, batch.stop)
             for name, value in real(model, objective, part, step, sync).items():
                 totals[name] = totals.get(name, 0) + value
@@ -198,7 +200,11 @@ def dropout_same_in_every_step() -> Iterator[None]:
     from rung.loop import step as parts
 
     real = parts.run_model
-    with mock.patch.object(parts, "run_model", lambda model, batch, step=None: real(model, batch, torch.zeros_like(step) if step is not None else None)):
+    with mock.patch.object(
+        parts,
+        "run_model",
+        lambda model, batch, step=None: real(model, batch, torch.zeros_like(step) if step is not None else None),
+    ):
         yield
 
 
@@ -290,8 +296,11 @@ def muon_orthogonalises_shards() -> Iterator[None]:
         from dataclasses import replace
 
         return [
-            replace(p, logical=LogicalTensor.from_spec(p.name, tuple(p.local.shape), p.local.dtype, (), {}, {}), group=None)
-            if p.local.ndim == 2 and p.local.numel() else p
+            replace(
+                p, logical=LogicalTensor.from_spec(p.name, tuple(p.local.shape), p.local.dtype, {}, {}, {}), group=None
+            )
+            if p.local.ndim == 2 and p.local.numel()
+            else p
             for p in real(model)
         ]
 

@@ -34,22 +34,6 @@ PLAIN: Case = {
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small corpus of many short documents, with a held-out split and its uneven tail."""
-    from rung.data import build_corpus
-
-    source = tmp_path_factory.mktemp("text")
-    generator = random.Random(5)
-    words = ["def", "return", "layout", "answer", "rank", "(x)", ":", "\n", "    ", "=", "sum", "count", "never", "ε"]
-    for index in range(60):
-        text = " ".join(generator.choice(words) for _ in range(generator.randint(2, 60)))
-        (source / f"{index:03}.txt").write_text(text)
-    out = tmp_path_factory.mktemp("corpus") / "law"
-    build_corpus([str(source)], out, vocab_size=300, valid_fraction=0.15, quiet=True)
-    return str(out)
-
-
-@pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
     """One pool for every case of this file."""
     pool = Workers(4)
@@ -60,19 +44,19 @@ def workers() -> Iterator[Workers]:
 _truths: dict[str, Record] = {}
 
 
-def truth(case: Case, corpus: str) -> Record:
+def truth(case: Case, corpus: Path) -> Record:
     """What one plain process computes; the layout and what trades memory for work are no part of it."""
     from law.harness import global_batch_size
 
     same = ("dropout", "packed", "tied", "kv_heads", "qk_norm", "window", "optim", "clip")
     key = repr([case[name] for name in same] + [global_batch_size(case)])
     if key not in _truths:
-        _truths[key] = one_process(case, corpus)
+        _truths[key] = one_process(case, str(corpus))
     return _truths[key]
 
 
-def check(workers: Workers, case: Case, corpus: str, mutant: str | None = None) -> None:
-    record = workers.run(world_size(case), run_case, case, corpus, mutant)[0]
+def check(workers: Workers, case: Case, corpus: Path, mutant: str | None = None) -> None:
+    record = workers.run(world_size(case), run_case, case, str(corpus), mutant)[0]
     compare(record, truth(case, corpus))
 
 
@@ -83,28 +67,31 @@ def test_covering_array_covers_every_pair() -> None:
 
 
 @pytest.mark.parametrize("case", COVERING, ids=lambda case: "-".join(f"{v}" for v in case.values()))
-def test_the_layout_never_changes_the_answer(case: Case, corpus: str, workers: Workers) -> None:
+def test_the_layout_never_changes_the_answer(case: Case, corpus: Path, workers: Workers) -> None:
     check(workers, case, corpus)
 
 
-def test_the_plain_case_of_every_mutant_is_green(corpus: str, workers: Workers) -> None:
+def test_the_plain_case_of_every_mutant_is_green(corpus: Path, workers: Workers) -> None:
     for case in {repr(CASES[name]): {**PLAIN, **CASES[name]} for name in MUTANTS}.values():
         check(workers, case, corpus)
 
 
 @pytest.mark.parametrize("name", sorted(MUTANTS))
-def test_every_mutant_is_caught(name: str, corpus: str, workers: Workers) -> None:
+def test_every_mutant_is_caught(name: str, corpus: Path, workers: Workers) -> None:
     case = {**PLAIN, **CASES[name]}
     with pytest.raises((LawBrokenError, RuntimeError)) as caught:
         check(workers, case, corpus, name)
     if caught.type is RuntimeError:
         # A rank may also refuse; but it must be our guard that speaks, not a broken mutant.
-        assert "other samples than the data order prescribes" in str(caught.value) or "checkpoint" in str(caught.value).lower()
+        assert (
+            "other samples than the data order prescribes" in str(caught.value)
+            or "checkpoint" in str(caught.value).lower()
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(200))
-def test_random_cases(seed: int, corpus: str, workers: Workers) -> None:
+def test_random_cases(seed: int, corpus: Path, workers: Workers) -> None:
     generator = random.Random(seed)
     case = {name: generator.choice(choices) for name, choices in FACTORS.items()}
     case["compile"] = case["compile"] and seed % 10 == 0

@@ -29,7 +29,7 @@ class Workers:
             self._processes.append(process)
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
-        """``[function(*args) on rank 0, on rank 1, ...]``. Raises RuntimeError with the traceback of a rank that failed."""
+        """``[function(*args) on rank 0, on rank 1, ...]``. RuntimeError with the traceback of a rank that failed."""
         port = _free_port()
         for pipe in self._pipes[:world_size]:
             pipe.send((world_size, port, function, args))
@@ -71,7 +71,7 @@ def _serve(rank: int, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            # A group is kept while the world size stays; after an error its members may be out of step, so it is remade.
+            # A group is kept while the world size stays; after an error its members may be out of step: remade.
             if group is None or group[0] != world_size:
                 if dist.is_initialized():
                     dist.destroy_process_group()

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from omegaconf import OmegaConf
+
 from rung.observe import (
     GarbageCollector,
     GarbageConfig,
@@ -74,10 +75,15 @@ def test_one_suggestion_and_the_cheapest_first():
 
 
 def test_out_of_memory_is_explained(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError, match=r"(?s)tried 5 GiB.*rank 3 .*activation_checkpointing=selective"):
-        with explain_out_of_memory(MemoryConfig(), MemorySettings(), tmp_path, rank=3):
-            raise torch.OutOfMemoryError("tried 5 GiB")
-    with pytest.raises(RuntimeError, match="^other$"), explain_out_of_memory(MemoryConfig(), MemorySettings(), tmp_path):
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=r"(?s)tried 5 GiB.*rank 3 .*activation_checkpointing=selective"),
+        explain_out_of_memory(MemoryConfig(), MemorySettings(), tmp_path, rank=3),
+    ):
+        raise torch.OutOfMemoryError("tried 5 GiB")
+    with (
+        pytest.raises(RuntimeError, match=r"^other$"),
+        explain_out_of_memory(MemoryConfig(), MemorySettings(), tmp_path),
+    ):
         raise RuntimeError("other")
 
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from rung.observe import LoggingConfig, MetricsLog, StepMetrics, WandbConfig, read_metrics
 
 STEP = StepMetrics(
-    step=1, loss=1 / 3, grad_norm=2.0, lr=1e-3, tokens=64, samples_digest="ab", step_seconds=0.5, tokens_per_second=128.0,
-    memory_gib={"max_resident": 1.5}, phase_seconds={"data": 0.1}, extra={"balance_loss": 0.01},
+    step=1, loss=1 / 3, grad_norm=2.0, lr=1e-3, tokens=64, samples_digest="ab", step_seconds=0.5,
+    tokens_per_second=128.0, memory_gib={"max_resident": 1.5}, phase_seconds={"data": 0.1}, extra={"balance_loss": 0.01},
 )  # fmt: skip
 
 

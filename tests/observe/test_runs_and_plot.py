@@ -1,10 +1,13 @@
+import io
 import json
+import math
 import os
 import time
 
 import pytest
+
 from rung.errors import UserError
-from rung.observe import list_runs, plot, read_status, runs_table, write_status
+from rung.observe import list_runs, plot, read_status, render_runs, write_status
 from rung.observe.plotting import smooth
 
 
@@ -45,10 +48,10 @@ def test_listing(tmp_path):
     assert runs.keys() == {"a", "b", "c"}
     assert (runs["a"].step, runs["a"].eval_loss, runs["a"].tokens) == (50, 2.5, 50 * 4096)
     assert runs["b"].eval_loss is None and runs["b"].loss == 2 + 8 / 5 and runs["c"].state == "silent"
-    console = Console(width=150, record=True, file=open(os.devnull, "w"))
-    console.print(runs_table(list_runs(tmp_path), tmp_path))
-    text = console.export_text()
-    assert "sweep/b" in text and "rank 3 was lost" in text and "and more" not in text and "1h00m ago" in text
+    console = Console(width=80, file=io.StringIO())
+    console.print(render_runs(list_runs(tmp_path), tmp_path))
+    text = console.file.getvalue()
+    assert "sweep/b: rank 3 was lost\n" in text and "and more" not in text and "1h00m ago" in text
     assert [run.path for run in list_runs(b)] == [b] and list_runs(tmp_path / "none") == []
 
 
@@ -70,6 +73,9 @@ def test_plot_names_every_empty_run(tmp_path):
         plot([], tmp_path / "x.png")
 
 
-def test_smoothing_is_unbiased_and_passes_gaps():
-    assert smooth([2.0, 2.0, float("nan"), 2.0], 10)[::3] == pytest.approx([2.0, 2.0])
-    assert smooth([1.0, 3.0], 1) == [1.0, 3.0]
+def test_smoothing_is_centred_drops_spikes_and_keeps_gaps():
+    assert smooth([5.0, 4.0, 3.0, 2.0, 1.0], 1) == [5.0, 4.0, 3.0, 2.0, 1.5]
+    assert smooth([5.0, 4.0, 3.0, 2.0, 1.0], 1, stride=2) == [5.0, 3.0, 1.5]
+    assert smooth([1.0, 1.0, 9.0, 1.0, 1.0], 1) == [1.0] * 5
+    gap = smooth([3.0, float("nan"), 1.0, 1.0], 1)
+    assert math.isnan(gap[1]) and gap[::2] == [3.0, 1.0]

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+
 from rung.observe import StopSignals, agree
 
 

@@ -1,7 +1,7 @@
 """Three bare gloo ranks under a heartbeat (no launcher: rank 0 holds the store); run by test_heartbeat.py.
 
-Usage: watched_ranks.py FOLDER SCENARIO. Each rank writes FOLDER/rank<r>.ready once it takes part in steps, its output to
-FOLDER/rank<r>.log; this process prints `exit <rank> <status>` as they end.
+Usage: watched_ranks.py FOLDER SCENARIO. Each rank writes FOLDER/rank<r>.ready once it takes part in steps and its
+output to FOLDER/rank<r>.log; this process prints their ids and writes each one's exit status to FOLDER/rank<r>.exit.
 """
 
 import os
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from rung.observe import Heartbeat, HeartbeatConfig, write_status
 
 WORLD_SIZE = 3
-CONFIG = HeartbeatConfig(interval_seconds=0.2, timeout_seconds=1.5, start_timeout_seconds=30)
+CONFIG = HeartbeatConfig(interval_seconds=0.2, timeout_seconds=2.5, start_timeout_seconds=30)
 
 
 def rank_main(rank: int, port: int, folder: Path, scenario: str) -> None:
@@ -29,15 +30,16 @@ def rank_main(rank: int, port: int, folder: Path, scenario: str) -> None:
     with Heartbeat.start(CONFIG, on_failure) as heartbeat:
         for step in range(1, 4 if scenario == "finish" else 10**6):
             heartbeat.at(step)
-            if scenario == "hang" and step == 3 and rank == 1:
-                time.sleep(10**6)  # alive and beating, but never in the collective
+            if scenario == "finish" and step == 2 and rank == 1:
+                time.sleep(2 * CONFIG.timeout_seconds)  # computes, beating, while the others wait in the collective
             if scenario == "raise" and step == 3 and rank == 2:
                 raise ValueError("bad sample 17")
             dist.all_reduce(torch.ones(1))
             time.sleep(0.02)
-            (folder / f"rank{rank}.ready").touch()
+            if heartbeat._first_rank_beat is not None:  # beats are going round
+                (folder / f"rank{rank}.ready").touch()
         if rank == 2 and scenario == "finish":
-            time.sleep(2 * CONFIG.timeout_seconds)  # writes a checkpoint for longer than the timeout, beating
+            time.sleep(1.5 * CONFIG.timeout_seconds)  # writes a checkpoint, beating, while the others leave
     dist.destroy_process_group()
     print(f"rank {rank} done")
 
@@ -63,10 +65,11 @@ def main() -> None:
             sys.stdout.flush()
             os._exit(0)
         ranks[pid] = rank
-    print("pids", *ranks, flush=True)
+    print(*ranks, flush=True)
     while ranks:
         pid, status = os.wait()
-        print("exit", ranks.pop(pid), os.waitstatus_to_exitcode(status), flush=True)
+        (folder / "exit").write_text(str(os.waitstatus_to_exitcode(status)))
+        (folder / "exit").rename(folder / f"rank{ranks.pop(pid)}.exit")
 
 
 main()

@@ -5,12 +5,13 @@ Usage: sharded_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE OUTPUT_FOLDER
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from rung.layout import Box, LogicalTensor
+from rung.layout import Box, LogicalTensor, Shard
 from rung.optim import AdamWConfig, LocalParameter, MuonConfig, OptimConfig, build_optimizer
 
 SHAPES = {
@@ -91,15 +92,9 @@ def local_parameters(
         local_boxes = [
             Box((start, *(0 for _ in box.sizes[1:])), box.sizes) for start, box in zip(starts, boxes, strict=True)
         ]
-        logical = LogicalTensor(
-            name=name,
-            shape=shape,
-            dtype=dtype,
-            boxes=tuple(boxes),
-            owned=(True,) * len(boxes),
-            replicated_over=(),
-            local_boxes=tuple(local_boxes),
-        )
+        logical = LogicalTensor.from_spec(name, shape, dtype, {"axis": Shard(0)}, {"axis": size}, {"axis": rank})
+        if sharding is not chunked:
+            logical = replace(logical, boxes=tuple(boxes), owned=(True,) * len(boxes), local_boxes=tuple(local_boxes))
         found.append(LocalParameter(name, take(whole(shape, dtype, seed), boxes), logical, group))  # type: ignore[arg-type]
     return found
 
@@ -107,20 +102,22 @@ def local_parameters(
 def run(
     config: OptimConfig, sharding: Sharding, dtype: torch.dtype, rank: int, size: int, group: object
 ) -> list[tuple]:
-    """Train a little; every (name, box, values) of the weights and of their state."""
+    """Train a little; every (name, box, owned, values) of the weights and of their state."""
     parameters = local_parameters(sharding, dtype, rank, size, group)
     optimizer = build_optimizer(config, parameters)
     for step in range(STEPS):
         for seed, p in enumerate(parameters):
-            gradient = take(whole(SHAPES[p.name], dtype, 1000 * step + seed + 500), list(p.logical.boxes))
+            gradient = take(
+                whole(SHAPES[p.name], dtype, 1000 * step + seed + 500), sharding(SHAPES[p.name], rank, size)
+            )
             p.local.grad = gradient * float("nan") if step == SKIPPED else gradient
         skip = torch.tensor(float(step == SKIPPED), dtype=torch.float64)
         optimizer.step(0.01, grad_scale=torch.tensor(1.25, dtype=torch.float64), skip=skip)
     tensors = {p.name: (p.local, p.logical) for p in parameters} | optimizer.named_state()
     return [
-        (name, box, tensor[local_box.slices()].clone())
+        (name, box, owned, tensor[local_box.slices()].clone())
         for name, (tensor, logical) in tensors.items()
-        for box, local_box in zip(logical.boxes, logical.local_boxes, strict=True)
+        for box, owned, local_box in zip(logical.boxes, logical.owned, logical.local_boxes, strict=True)
     ]
 
 
@@ -129,13 +126,22 @@ def main(rank: int, world_size: int, rendezvous: str, output: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     groups = {size: dist.new_group(list(range(size))) for size in range(1, world_size + 1)}
     results = {}
+    messages = 0
+    send = dist.all_to_all_single
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal messages
+        messages += 1
+        return send(*args, **kwargs)
+
+    dist.all_to_all_single = counted
     for sharding, size in CASES:
         for optimizer, config in CONFIGS.items():
             for dtype in DTYPES:
                 if rank < size:
                     case = run(config, SHARDINGS[sharding], DTYPES[dtype], rank, size, groups[size])
                     results[sharding, size, optimizer, dtype] = case
-    torch.save(results, output / f"{rank}.pt")
+    torch.save({"cases": results, "messages": messages}, output / f"{rank}.pt")
     dist.destroy_process_group()
 
 

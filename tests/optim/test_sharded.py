@@ -4,12 +4,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from rung.optim import Muon, MuonConfig
 from rung.optim.exchange import assign_owners
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -24,7 +26,7 @@ def load_worker() -> ModuleType:
 
 
 worker = load_worker()
-Results = list[dict[tuple, list[tuple]]]
+Results = list[dict]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the workers: matrix products round otherwise on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def assemble(results: Results, case: tuple) -> dict[str, torch.Tensor]:
     """Whole tensors from every rank's boxes; copies of one box must agree."""
     whole: dict[str, torch.Tensor] = {}
     for rank in results:
-        for name, box, values in rank.get(case, []):
+        for name, box, _, values in rank["cases"].get(case, []):
             parameter, _, state = name.partition("/")
             shape = () if state == "step" else worker.SHAPES[parameter]
             target = whole.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype))
@@ -60,7 +71,7 @@ def assemble(results: Results, case: tuple) -> dict[str, torch.Tensor]:
 
 
 def test_one_group_runs_every_case(results: Results) -> None:
-    assert len(results[0]) == len(worker.CASES) * len(worker.CONFIGS) * len(worker.DTYPES)
+    assert len(results[0]["cases"]) == len(worker.CASES) * len(worker.CONFIGS) * len(worker.DTYPES)
 
 
 @pytest.mark.parametrize("dtype", worker.DTYPES)
@@ -69,11 +80,10 @@ def test_one_group_runs_every_case(results: Results) -> None:
 def test_sharding_does_not_change_the_answer(
     results: Results, sharding: str, size: int, optimizer: str, dtype: str
 ) -> None:
-    torch.set_num_threads(1)  # as the workers: matrix products round otherwise on several threads
     alone = worker.run(worker.CONFIGS[optimizer], worker.chunked, worker.DTYPES[dtype], 0, 1, None)
     spread = assemble(results, (sharding, size, optimizer, dtype))
-    assert set(spread) == {name for name, _, _ in alone}
-    for name, _, values in alone:
+    assert set(spread) == {name for name, *_ in alone}
+    for name, _, _, values in alone:
         if "step" in name:
             assert values == worker.STEPS - 1 == spread[name]
         elif optimizer != "adamw" and "_proj" in name:
@@ -81,6 +91,30 @@ def test_sharding_does_not_change_the_answer(
         else:  # torch's fused AdamW rounds the ragged end of each local tensor otherwise than its body
             bound = 1e-14 if dtype == "float64" else 1e-6
             torch.testing.assert_close(spread[name], values, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("sharding", ["chunked", "ragged", "striped", "columns"])
+def test_one_rank_owns_each_scalar_state(results: Results, sharding: str) -> None:
+    for name in worker.SHAPES:
+        owners = [
+            owned
+            for rank in results
+            for entry, _, owned, _ in rank["cases"][sharding, 4, "adamw", "float64"]
+            if entry == f"{name}/step"
+        ]
+        assert sorted(owners) == [False, False, False, True], name
+
+
+def test_two_messages_a_step(results: Results) -> None:
+    for rank, result in enumerate(results):
+        num_muon_runs = sum(key[2] == "muon" for key in result["cases"])
+        assert result["messages"] == 2 * worker.STEPS * num_muon_runs, rank
+
+
+def test_a_matrix_that_is_not_all_there_is_refused() -> None:
+    parameters = worker.local_parameters(worker.chunked, torch.float32, 0, 2, None)
+    with pytest.raises(RuntimeError, match=r"q_proj.*hold 63 of"):
+        Muon([p for p in parameters if "q_proj" in p.name], MuonConfig())
 
 
 def test_owners_share_the_work() -> None:

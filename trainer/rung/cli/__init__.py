@@ -28,7 +28,7 @@ USAGE = "usage: rung VERB [arguments]\n\n" + "\n".join(f"  {verb:8} {what}" for 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 2 the user's input is wrong, 75 stopped after saving, else failure."""
+    """Run one verb; returns the exit status: 0 done, 2 the user's input is wrong, else failure."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             import difflib
 
             near = difflib.get_close_matches(verb, VERBS, n=1)
-            raise UserError(f"unknown verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"one of: {', '.join(VERBS)}"))
+            raise UserError(
+                f"unknown verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"one of: {', '.join(VERBS)}")
+            )
         status: int = importlib.import_module(VERBS[verb][0]).main(rest)
         return status
     except UserError as error:

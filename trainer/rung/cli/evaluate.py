@@ -15,7 +15,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("model", type=Path, metavar="RUN_DIR", help="a run's folder or a Hugging Face folder")
     parser.add_argument("--corpus", type=Path, help="corpus to evaluate on (default: the run's own)")
     parser.add_argument("--seq-len", type=int, help="tokens per window (default: the run's own)")
-    parser.add_argument("--files", type=int, default=10, help="files to list, best and worst first (default 10; 0: none)")
+    parser.add_argument(
+        "--files", type=int, default=10, help="files to list, best and worst first (default 10; 0: none)"
+    )
     parser.add_argument("--json", type=Path, help="also write every file's numbers here")
     arguments = parser.parse_args(argv)
     from rung.recipes.inspect import evaluate_files

@@ -1,15 +1,20 @@
 """torchrun with an honest exit code: `python -m rung.cli.torchrun …` takes torchrun's arguments.
 
 torchrun turns every failure of a worker into exit code 1, so that "the input is wrong" (2) and "stopped after saving,
-run again" (75) are lost to whoever started it: a shell, or a Slurm job that decides whether to queue itself again. Here
-the worker's code is the code of the whole, and for those two nothing is printed beyond the worker's own words.
+run again" (75) are lost to whoever started it: a shell, or a Slurm job that decides whether to queue itself again. When
+it is signalled itself it forgets the workers' codes altogether. Here the worker's code is the code of the whole, and
+for those two nothing is printed beyond the worker's own words.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,7 +28,7 @@ USER_ERROR, STOPPED_AFTER_SAVING = 2, 75
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun in this process and return the exit code of the worker that failed first, or 0.
 
-    A signal that ends the agent (SIGTERM, SIGINT …) has been handed to the workers, which save and stop: 75.
+    SIGTERM, SIGINT and SIGHUP are handed to the workers, which may take as long as they like to save and stop.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -32,16 +37,38 @@ def main(arguments: Sequence[str]) -> int:
     # What these loggers say when a worker ends is said below, once, and only where it is news.
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    signals: list[int] = []
+
+    def hand_on(number: int, _: object) -> None:
+        signals.append(number)
+        _hand_to_workers(number)
+
+    for handled in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(handled, hand_on)
     try:
-        run(list(arguments))
+        run(["--signals-to-handle=SIGQUIT", *arguments])
     except ChildFailedError as error:
         code = _exit_code(error)
-        if code not in (USER_ERROR, STOPPED_AFTER_SAVING):
+        if code not in (USER_ERROR, STOPPED_AFTER_SAVING) and not signals:
             print(error, file=sys.stderr)
         return code
-    except SignalException:
-        return STOPPED_AFTER_SAVING
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
+
+
+def _hand_to_workers(number: int) -> None:
+    """Signal all workers and wait for all of them: torchrun, left to itself, ends the rest when the first is gone."""
+    children = Path("/proc/self/task").glob("*/children")
+    workers = [int(pid) for of_thread in children for pid in of_thread.read_text().split()]
+    if not workers:
+        sys.exit(128 + number)
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    for pid in workers:
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # not reaped: torchrun reads the code
 
 
 def _exit_code(error: ChildFailedError) -> int:

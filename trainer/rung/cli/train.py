@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(_settings(overrides)) if overrides else HELP + _groups())
         return 0
     if unknown := set(flags) - {"--cfg"}:
-        raise UserError(f"unknown option {', '.join(sorted(unknown))}; settings are written key=value, see rung train --help")
+        raise UserError(
+            f"unknown option {', '.join(sorted(unknown))}; settings are written key=value, see rung train --help"
+        )
     from rung.parallel.world import world_size_from_environment
     from rung.recipes.config import load_config
 

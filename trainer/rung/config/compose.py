@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import NamedTuple, TypeVar, get_type_hints
 
 from rung.errors import UserError
 
@@ -30,13 +30,11 @@ class Node(NamedTuple):
     type: type
 
 
-def compose(
-    schema: type[T], overrides: Sequence[str], *, nodes: Iterable[Node] = (), config_name: str = "train"
-) -> T:
+def compose(schema: type[T], overrides: Sequence[str], *, nodes: Iterable[Node] = (), config_name: str = "train") -> T:
     """Compose ``config_name`` from the shipped groups and return an instance of ``schema``.
 
-    ``overrides`` are Hydra's (``key=value``, ``+key=value``, ``~key``, ``group=option``); nothing is instantiated and the
-    working directory stays. Raises UserError for unknown keys (with the nearest known ones, all at once), unknown
+    ``overrides`` are Hydra's (``key=value``, ``+key=value``, ``~key``, ``group=option``); nothing is instantiated and
+    the working directory stays. Raises UserError for unknown keys (with the nearest known ones, all at once), unknown
     options and wrong types.
     """
     from hydra import compose as hydra_compose
@@ -71,11 +69,16 @@ def _unknown_keys(schema: type, overrides: Sequence[str], nodes: Sequence[Node])
     problems = []
     for override in overrides:
         match = re.match(r"[+~]{0,2}([^=@:]+)", override)
-        if "=" not in override and not override.startswith("~") or match is None:
+        if ("=" not in override and not override.startswith("~")) or match is None:
             problems.append(f"{override!r} is not an override; write key=value, as in train.steps=100")
             continue
         key = match.group(1).strip()
-        if key.startswith("hydra") or key in known or key in groups or any(key.startswith(k + ".") for k in _open(known)):
+        if (
+            key.startswith("hydra")
+            or key in known
+            or key in groups
+            or any(key.startswith(k + ".") for k in _open(known))
+        ):
             continue
         near = difflib.get_close_matches(key, sorted({k.rstrip("*") for k in known} | groups), n=3, cutoff=0.6)
         last = key.rsplit(".", 1)[-1]

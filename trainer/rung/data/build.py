@@ -78,7 +78,7 @@ def build_corpus(
     out: folder of the corpus; it must not hold one yet.
     tokenizer: path of a tokenizer.json. Without one, a byte-level BPE is trained on the training split.
     vocab_size: tokens of the trained tokenizer; fewer when the text has fewer pairs to merge.
-    eos_token: the tokenizer's token that ends a document, where it has no usual name.
+    eos_token: the token that ends a document; a given tokenizer must have it. None: the usual names are tried.
     text_key: field of .jsonl and column of .parquet that holds the text.
     valid_fraction: share of the documents held out, by hash of seed and document name. A single text file is cut
         instead: its last part is held out. 0 holds out nothing.
@@ -163,9 +163,10 @@ def build_files(
         elif not tokenizer_path.exists():
             sample = _training_sample(shards, seed, tokenizer_bytes)
             documents = (document for piece in sample for document in read_documents(piece, text_key, tail_fraction))
-            texts = (d.text for d in documents if d.text and not _held_out(d, selection, tail_fraction))
+            wanted = (d.text for d in documents if d.text and not _held_out(d, selection, tail_fraction))
+            texts = (part for text in wanted for part in _cut(text))
             with progress.phase("training the tokenizer", sum(piece.size for piece in sample)):
-                _write(tokenizer_path, train_tokenizer(texts, vocab_size).encode())
+                _write(tokenizer_path, train_tokenizer(texts, vocab_size, eos_token).encode())
         settings = _Settings(
             text_key=text_key,
             selection=selection,

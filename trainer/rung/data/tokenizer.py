@@ -44,14 +44,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, eos_token: str | None = None) -> str:
     """Train a byte-level BPE of at most ``vocab_size`` tokens and return its JSON.
 
-    Token 0 is ``END_OF_TEXT``; the 256 bytes are tokens, so every text can be encoded and comes back byte by byte. The
-    same texts, in any order, give the same JSON: merges are decided by counts, ties by token ids.
+    Token 0 is ``eos_token``, by default ``END_OF_TEXT``. The 256 bytes are tokens, so every text can be encoded and
+    comes back byte by byte. The same texts, in any order, give the same JSON: merges go by counts, ties by token ids.
     """
     if vocab_size < 257:
-        raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257")
+        raise UserError(f"vocab_size={vocab_size} is too small: the bytes and the end-of-document token make 257")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -62,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[eos_token or END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

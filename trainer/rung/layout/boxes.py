@@ -1,11 +1,15 @@
-"""Boxes: rectangular parts of a tensor, as arithmetic. Imports nothing but the standard library."""
+"""Boxes: rectangular parts of a tensor, and how splitting a dim cuts it. Imports nothing but the standard library."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 __all__ = ["Box"]
+
+Run = tuple[int, int]
+"""Start and length of consecutive indices along one dim."""
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,22 @@ class Box:
         """The same elements, counted from the corner of ``outer``, which must contain them."""
         offsets = tuple(mine - its for mine, its in zip(self.offsets, outer.offsets, strict=True))
         return Box(offsets, self.sizes)
+
+
+def split(runs: Sequence[Run], parts: int, index: int, pieces: int = 1) -> list[Run]:
+    """Part ``index`` of ``parts`` of the indices in ``runs`` by torch.chunk's rule: the last may be short or empty.
+
+    With ``pieces``, the indices are that many pieces one after another (a fused projection) and each of them is split.
+    """
+    if pieces > 1:
+        return [run for piece in range(pieces) for run in split(split(runs, pieces, piece), parts, index)]
+    total = sum(length for _, length in runs)
+    step = -(-total // parts)
+    first, last = min(index * step, total), min((index + 1) * step, total)
+    part, position = [], 0
+    for start, length in runs:
+        begin, end = max(first - position, 0), min(last - position, length)
+        if begin < end:
+            part.append((start + begin, end - begin))
+        position += length
+    return part

@@ -140,7 +140,7 @@ class Monitor:
         self._profiler.before(step)
 
     def end(self, step: int, batch: StepBatch, lr: float, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        """A step is queued; its numbers are 0-dim tensors. Raises FloatingPointError after too many skipped in a row."""
+        """A step is queued; its numbers are 0-dim tensors. FloatingPointError after too many skipped in a row."""
         numbers, ready = torch.stack([loss, norm, skipped]), None
         on_device = self._world.device.type == "cuda"
         if on_device:
@@ -206,8 +206,8 @@ class Monitor:
             self._status("running", step=pending.step)
         if self._skipped_in_a_row >= self._facts.max_skipped_steps:
             raise FloatingPointError(
-                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: step {pending.step}); "
-                "all of them were skipped. Lower optim.lr, lengthen schedule.warmup_steps or look at the data"
+                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: step {pending.step}) "
+                "and were skipped. Lower optim.lr, lengthen schedule.warmup_steps or look at the data"
             )
 
     def _status(self, state: str, error: str | None = None, step: int | None = None) -> None:

@@ -53,7 +53,7 @@ class StepReader:
         self._ahead: tuple[int, Future[tuple[np.ndarray, list[Batch]]]] | None = None
 
     def read(self, step: int, *, stop: bool = False) -> StepBatch:
-        """The batch of ``step`` (1-based). Collective: one message sums counts, a checksum of what was read, and stops."""
+        """The batch of ``step`` (1-based). Collective: one message sums counts, a checksum of ids, and stops."""
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = (step, self._thread.submit(self._load, step))
         sample_ids, batches = self._ahead[1].result()

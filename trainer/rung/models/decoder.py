@@ -220,7 +220,7 @@ class Decoder(nn.Module):
             first, second = zip(*self._dropout_keys, strict=True)
             self._dropout_keys_on[device] = (torch.tensor(first, device=device), torch.tensor(second, device=device))
         # All keys at once: the rounds are plain arithmetic, and tensors of keys broadcast against the step.
-        return torch.stack(step_key(self._dropout_keys_on[device], step), dim=-1)  # type: ignore[arg-type]
+        return torch.stack(step_key(self._dropout_keys_on[device], step), dim=-1)
 
     def blocks(self) -> list[nn.Module]:
         """The modules to compile, checkpoint and shard one by one, in order."""

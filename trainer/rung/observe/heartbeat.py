@@ -146,7 +146,7 @@ class Heartbeat:
         if not self._active:
             return
 
-        from torch.distributed import PrefixStore
+        from torch.distributed.distributed_c10d import PrefixStore
 
         self._store_name = _describe(store)
         self._store = PrefixStore(f"rung/heartbeat/{_generation}", store)
@@ -162,7 +162,7 @@ class Heartbeat:
 
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1 or not config.enabled:
             return cls(config, None, 0, 1)
-        store = dist.distributed_c10d._get_default_store()
+        store: Any = dist.distributed_c10d._get_default_store()
         heartbeat = cls(config, store.clone(), dist.get_rank(), dist.get_world_size(), on_failure)
         heartbeat._server = store  # on rank 0 it may be the server, which must outlive destroy_process_group
         return heartbeat

@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,7 +140,7 @@ class MetricsLog:
                 _GuardedLogger("W&B", lambda: _Wandb(self._run_dir, config.wandb, dict(run_settings or {})))
             )
         for logger in loggers:
-            self._loggers.append(_GuardedLogger(type(logger).__name__, lambda logger=logger: logger))
+            self._loggers.append(_GuardedLogger(type(logger).__name__, partial(_same, logger)))
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Write the line of a training step."""
@@ -184,7 +185,7 @@ class MetricsLog:
         line = (_json_line(values) + "\n").encode()
         try:
             if self._file is None:
-                self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115: stays open
+                self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
             # What a failed write left of its line must not swallow this one.
             self._file.write(b"\n" + line if self._write_failed else line)
             self._write_failed = False
@@ -253,6 +254,10 @@ def _numbers(values: Mapping[str, Any], family: str) -> Iterator[tuple[str, floa
             yield f"{family}/{name.removeprefix('eval_')}", value
 
 
+def _same(logger: Logger) -> Logger:
+    return logger
+
+
 class _GuardedLogger:
     """A logger that is made when first used, and dropped with one warning when it fails."""
 
@@ -307,9 +312,11 @@ class _Wandb:
     def __init__(self, run_dir: Path, config: WandbConfig, run_settings: dict[str, Any]) -> None:
         import wandb
 
-        mode = config.mode
+        mode: Any = config.mode
         if mode == "online" and not _has_wandb_key():
-            _log.warning("no W&B API key found: W&B is offline; send it later with `wandb sync %s/wandb/*`", run_dir)
+            _log.warning(
+                "no W&B API key found: W&B is offline; send it later with `wandb sync %s/wandb/offline-run-*`", run_dir
+            )
             mode = "offline"
         # The id is kept, so that a resumed run continues its curves. Steps that are run again are ignored by W&B, and
         # hold the same values.

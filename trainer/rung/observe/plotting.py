@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rung.errors import UserError
-from rung.observe.console import human_count
 from rung.observe.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def plot(
     two_panels = any(run.bits_per_byte[0] for run in runs)
     figure = Figure(figsize=(11.5 if two_panels else 7.5, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2 if two_panels else 1, squeeze=False)[0]
+    axes = figure.subplots(1, 2 if two_panels else 1, squeeze=False, sharex=True)[0]
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
         _draw_loss(axes[0], run, colour)
         if two_panels:
@@ -80,7 +80,7 @@ def plot(
         _finish(axes[1], "bits per byte (lower is better)", log_x, "Evaluation, per byte of text")
     handles, labels = axes[0].get_legend_handles_labels()
     if len(runs) > 1:
-        axes[0].legend(handles, labels, frameon=False, fontsize=9, loc="upper right")
+        axes[0].legend(handles, labels, framealpha=0.85, edgecolor="none", fontsize=9, loc="upper right")
     if title or len(runs) == 1:
         figure.suptitle(title or runs[0].name, fontsize=12, fontweight="bold")
     out = Path(out_png)
@@ -89,17 +89,18 @@ def plot(
     return out
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """An exponential average with the given window (in points), unbiased at the start. Values that are not finite are
-    passed through and leave the average alone."""
-    decay = 1 - 1 / max(1, window)
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        if not math.isfinite(value):
-            smoothed.append(value)
-            continue
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        smoothed.append(total / weight)
+def smooth(values: Sequence[float], half_window: int, stride: int = 1) -> list[float]:
+    """The median of every `stride`-th value and its neighbours, up to `half_window` of them on either side.
+
+    A median, so that a spike stays a spike of the raw curve; centred, and symmetric at the steep start, so that the
+    bold curve does not lag behind a falling loss. Values that are not finite stay as they are (a gap) and count for
+    none of their neighbours.
+    """
+    smoothed = []
+    for index in range(0, len(values), stride):
+        before = min(half_window, index)
+        near = [v for v in values[index - before : index + before + 1] if math.isfinite(v)]
+        smoothed.append(median(near) if math.isfinite(values[index]) else values[index])
     return smoothed
 
 
@@ -138,9 +139,11 @@ def _colours(count: int) -> list[str]:
 
 def _draw_loss(axes: Axes, run: _Curves, colour: str) -> None:
     x, y = run.train
-    window = min(200, max(1, len(y) // 40))
-    axes.plot(x, y, color=colour, alpha=0.25 if window > 1 else 0.0, linewidth=0.8)
-    axes.plot(x, smooth(y, window), color=colour, linewidth=1.8, label=run.name, marker="o" if len(y) == 1 else None)
+    axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
+    stride = 1 + len(y) // 4000  # more than there are pixels
+    smoothed = smooth(y, min(100, len(y) // 50), stride)
+    marker = "o" if len(y) == 1 else None
+    axes.plot(x[::stride], smoothed, color=colour, linewidth=1.8, label=run.name, marker=marker)
     if run.evaluation[0]:
         axes.plot(
             *run.evaluation, color=colour, linestyle="none", marker="o", markersize=5,
@@ -159,17 +162,25 @@ def _focus(axes: Axes, losses: Sequence[Sequence[float]]) -> None:
 
 
 def _finish(axes: Axes, y_label: str, log_x: bool, title: str) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.set_title(title, fontsize=10, loc="left", color=_GREY)
     axes.set_xlabel("tokens")
     axes.set_ylabel(y_label)
     if log_x:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     axes.grid(True, color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _tick(value: float, position: int | None = None) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"

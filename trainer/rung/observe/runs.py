@@ -14,9 +14,9 @@ from rung.observe.console import human_count, human_seconds
 from rung.observe.status import read_status
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
-__all__ = ["RunSummary", "list_runs", "runs_table"]
+__all__ = ["RunSummary", "list_runs", "render_runs"]
 
 _RUN_FILES = ("status.json", "metrics.jsonl", "resolved.yaml")
 _TAIL_BYTES = 16 * 2**20
@@ -54,18 +54,19 @@ def list_runs(folder: str | Path) -> list[RunSummary]:
     return sorted((_summary(path) for path in _run_folders(Path(folder))), key=lambda run: run.age_seconds)
 
 
-def runs_table(runs: list[RunSummary], root: str | Path | None = None) -> Table:
-    """A table for rich to print; paths are shown relative to `root` where they are below it."""
+def render_runs(runs: list[RunSummary], root: str | Path | None = None) -> RenderableType:
+    """A table for rich to print, what failed runs say below it; paths are relative to `root` where they are in it."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     styles = {"completed": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "silent": "red"}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("run", overflow="fold")
-    table.add_column("state")
+    table.add_column("run", overflow="fold", min_width=12)
+    table.add_column("state", no_wrap=True)
     for name in ("step", "tokens", "loss", "eval loss", "bits/byte", "changed"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("error", overflow="ellipsis", no_wrap=True)
+    errors = []
     for run in runs:
         name = str(run.path)
         if root is not None and run.path.resolve().is_relative_to(Path(root).resolve()):
@@ -77,9 +78,10 @@ def runs_table(runs: list[RunSummary], root: str | Path | None = None) -> Table:
             "" if run.tokens is None else human_count(run.tokens),
             *("" if value is None else f"{value:.4f}" for value in (run.loss, run.eval_loss, run.bits_per_byte)),
             human_seconds(run.age_seconds) + " ago",
-            Text((run.error or "").partition("\n")[0]),
         )
-    return table
+        if run.error:
+            errors.append(Text(f"{name}: {run.error.partition(chr(10))[0]}", style="red"))
+    return Group(table, *([Text(""), *errors] if errors else []))
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:

@@ -70,11 +70,12 @@ class AdamW(Optimizer):
     def step(self, lr: float, grad_scale: Tensor | None = None, skip: Tensor | None = None) -> None:
         if not self.parameters:
             return
-        for parameter in self.parameters:
-            parameter.local.grad = parameter.gradient()
+        gradients = [parameter.gradient() for parameter in self.parameters]
         if grad_scale is not None and not self._kernel_scales:
-            torch._foreach_div_([p.local.grad for p in self.parameters], grad_scale)
+            torch._foreach_div_(gradients, grad_scale)
             grad_scale = None
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.local.grad = gradient
         for group in self._torch.param_groups:
             group["lr"] = lr
         # The protocol of torch.amp.GradScaler: the kernels divide gradients by grad_scale, return early where found_inf

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rung.layout import Box, LogicalTensor
+from rung.layout import LogicalTensor
 
 __all__ = ["LocalParameter", "OptimConfig", "Optimizer", "StateTensor"]
 
@@ -80,15 +80,10 @@ class LocalParameter:
         return name, StateTensor(tensor, dataclasses.replace(self.logical, name=name, dtype=tensor.dtype))
 
     def scalar_state(self, state_name: str, tensor: Tensor) -> tuple[str, StateTensor]:
-        """Checkpoint entry of a 0-dim state that every holder of the parameter has; who owns element 0 owns it."""
-        name = f"{self.name}/{state_name}"
-        owned = any(
-            own and box.numel > 0 and not any(box.offsets)
-            for box, own in zip(self.logical.boxes, self.logical.owned, strict=True)
-        )
-        point = Box((), ())
-        logical = dataclasses.replace(
-            self.logical, name=name, dtype=tensor.dtype, shape=(), boxes=(point,), local_boxes=(point,), owned=(owned,)
+        """Checkpoint entry of a 0-dim state of which every rank that shares the parameter has a copy."""
+        name, spread = f"{self.name}/{state_name}", self.logical._spread
+        logical = LogicalTensor.from_spec(
+            name, (), tensor.dtype, {}, spread.sizes, spread.coordinates, stage=spread.stages
         )
         return name, StateTensor(tensor, logical)
 

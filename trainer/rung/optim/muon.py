@@ -67,9 +67,9 @@ class Muon(Optimizer):
 
     Per step and process group two all-to-alls, none for matrices that are whole here. The iteration runs in bfloat16 on
     CUDA, in float32 on the CPU, in float64 on float64 parameters. Given the same gradients and CPU threads per rank,
-    results have the same bits on every sharding: everything elementwise is written as separate products and sums, because
-    a fused multiply-add is rounded otherwise in a vectorised loop than at its ragged end, and matrix products always have
-    the same sizes (see orthogonalize).
+    results have the same bits on every sharding: everything elementwise is written as separate products and sums, since
+    a fused multiply-add is rounded otherwise in a vectorised loop than at its ragged end, and matrix products have the
+    same sizes whatever a rank owns (see orthogonalize).
     """
 
     def __init__(self, parameters: Iterable[LocalParameter], config: MuonConfig) -> None:

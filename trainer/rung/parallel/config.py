@@ -57,14 +57,16 @@ class ParallelConfig:
         for axis in ("tp", "pp", "cp", "ep"):
             degree = getattr(self, axis)
             if degree > 1:
-                problems.append(f"parallel.{axis}={degree}: this version spreads over dp_replicate and dp_shard only; set parallel.{axis}=1")
+                problems.append(
+                    f"parallel.{axis}={degree}: this version spreads over dp_replicate and dp_shard only; legal value: 1"
+                )
         if self.prefetch < 0:
             problems.append(f"parallel.prefetch={self.prefetch} must be 0 or more layers")
         return problems
 
 
 class Dtypes(NamedTuple):
-    """``parameters`` are stored and updated, ``compute`` is what layers see, ``reduce`` is what gradients are summed in."""
+    """``parameters`` are stored and updated, layers see ``compute``, gradients are summed in ``reduce``."""
 
     parameters: torch.dtype
     compute: torch.dtype

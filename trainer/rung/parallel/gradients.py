@@ -16,7 +16,7 @@ __all__ = ["attach_gradients", "gradient_norm", "local_parameters", "squared_nor
 
 
 def local_parameters(model: nn.Module) -> list[LocalParameter]:
-    """What the optimizer updates: this rank's part of each trainable parameter, as plain tensors sharing its storage."""
+    """What the optimizer updates: this rank's part of each trainable parameter, plain tensors on its storage."""
     logical = logical_tensors(model)
     found = []
     for raw_name, parameter in model.named_parameters():

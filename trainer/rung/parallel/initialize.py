@@ -13,7 +13,7 @@ __all__ = ["initialize"]
 
 @torch.no_grad()
 def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Materialise ``model`` (built on the meta device) on ``device`` and fill every parameter by ``model.init_rules()``.
+    """Give ``model``, built on the meta device, storage on ``device`` and values by ``model.init_rules()``.
 
     Element i of a logical tensor is number i of the stream (seed, name), so the bits depend on neither the layout nor
     the order of parameters. Products are made in float64 and rounded once to the parameter's dtype.

@@ -21,7 +21,7 @@ def parallelize(
 ) -> nn.Module:
     """Spread ``model`` in place over ``mesh`` and return it. ``model.blocks()`` names the units.
 
-    FSDP policy: parameters are gathered in ``dtypes.compute`` a block at a time, gradients are *summed* (never averaged:
+    FSDP policy: parameters are gathered in ``dtypes.compute`` a block at a time, gradients are *summed* (not averaged:
     the loss already holds Σ/N over the whole batch) in ``dtypes.reduce``, blocks are freed after forward unless
     ``reshard_after_forward`` is off, the last block and the root (embedding, norm, head) stay gathered because backward
     begins with them. One rank that computes in its parameters' dtype needs no FSDP.

@@ -12,7 +12,7 @@ __all__ = ["all_reduce_sums"]
 
 
 def all_reduce_sums(sums: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Sum each 0-dim tensor over all ranks, in float64 (exact for counts below 2**53), as one all-reduce on ``device``."""
+    """Sum each 0-dim tensor over all ranks: one float64 all-reduce on ``device``, exact for counts below 2**53."""
     if not sums:
         return {}
     packed = torch.stack([value.detach().to(device=device, dtype=torch.float64) for value in sums.values()])

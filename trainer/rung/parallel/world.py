@@ -95,7 +95,7 @@ class World:
             dist.destroy_process_group()
 
     def set_timeout(self, seconds: float) -> None:
-        """Bound collectives from here on: the first step compiles and builds communicators, later ones must be quick."""
+        """Bound collectives from here on. The first step compiles and connects; later ones must be quick."""
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
         if self.device.type == "cuda":
@@ -129,8 +129,12 @@ def choose_device(device: str) -> str:
         raise UserError(f"device={device} is not one of: auto, cpu, cuda")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        built = "this torch was built without CUDA" if torch.version.cuda is None else "no usable GPU or driver was found"
-        raise UserError(f"device=cuda, but {built}; use device=cpu, or install a CUDA build of torch {torch.__version__}")
+        built = (
+            "this torch was built without CUDA" if torch.version.cuda is None else "no usable GPU or driver was found"
+        )
+        raise UserError(
+            f"device=cuda, but {built}; use device=cpu, or install a CUDA build of torch {torch.__version__}"
+        )
     return "cuda" if available and device != "cpu" else "cpu"
 
 
@@ -143,6 +147,8 @@ def _slurm_rendezvous() -> tuple[str, int]:
         head = listing.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         if "[" in nodes or "," in nodes:
-            raise UserError(f"cannot read the node list {nodes!r}: scontrol is missing; set MASTER_ADDR and RANK, or use torchrun") from None
+            raise UserError(
+                f"cannot read the node list {nodes!r}: scontrol is missing; set MASTER_ADDR and RANK, or use torchrun"
+            ) from None
         head = nodes
     return head, 20000 + job % 20000

@@ -33,4 +33,7 @@ def dropout_mask(
     quadruples_Q = torch.arange(first_feature // 4, (first_feature + features + 3) // 4, device=sample_ids_B.device)
     words = philox_torch(quadruples_Q, positions_BT[:, :, None], sample_ids_B11, sample_ids_B11 >> 32, *key)
     threshold = int(p * 2**32)
-    return torch.stack([word >= threshold for word in words], dim=-1).flatten(-2)[..., :features]
+    kept0, kept1, kept2, kept3 = ((word >= threshold).to(torch.int32) for word in words)
+    # Four bytes of an int32 are four bools. torch.stack says the same, but compiles to code five times as slow.
+    four_kept_BTQ = kept0 | kept1 << 8 | kept2 << 16 | kept3 << 24
+    return four_kept_BTQ.view(torch.bool)[..., :features]

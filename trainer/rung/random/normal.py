@@ -1,9 +1,9 @@
 """Standard normals as a function of integers: the same bits in numpy, in torch and under torch.compile.
 
 A 32-bit word is a sign (its last bit) and an odd integer n = word | 1; its normal is ±Phi^-1(n / 2^33). The inverse
-distribution is a table of integer quadratics, found by the exponent and the six leading mantissa bits of n, so nothing at run
-time depends on how a library rounds log or sin. Values are multiples of 2^-40 in ±6.34, each within 2e-8 of the true
-quantile; the table is written by ``_make_normal_table.py``.
+distribution is a table of integer quadratics, found by the exponent and the six leading mantissa bits of n, so nothing
+at run time depends on how a library rounds log or sin. Values are multiples of 2^-40 in ±6.34, each within 2e-8 of the
+true quantile; the table is written by ``_make_normal_table.py``.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ def normal_from_bits_torch(words: torch.Tensor) -> torch.Tensor:
 
 
 def normal_from_bits_numpy(words: NDArray[Any]) -> NDArray[np.float64]:
-    """float64 standard normals from an integer array of 32-bit words, any shape; the bits of ``normal_from_bits_torch``."""
+    """float64 standard normals from an integer array of 32-bit words, any shape; same bits as in torch."""
     values = np.array(words, np.int64, order="C")
     flat = values.reshape(-1)
     scratch = np.empty((4, BLOCK), np.int64)
     for start in range(0, flat.size, BLOCK):
         block = flat[start : start + BLOCK]
         _normals_block(block, scratch[:, : block.size])
-    normals: NDArray[np.float64] = values.view(np.float64)
-    return normals
+    return values.view(np.float64)
 
 
 def normals_numpy(key: Key, start: int, count: int) -> NDArray[np.float64]:
@@ -55,11 +54,11 @@ def normals_numpy(key: Key, start: int, count: int) -> NDArray[np.float64]:
 
     Normal i is made of word i % 4 of the Philox counter (low 32 bits of i // 4, high 32 bits of i // 4, 0, 0).
     """
-    return _normals_of_runs(key, np.array([start], np.int64), count)[0]
+    return _normals_of_runs(key, np.array([start], np.int64), count).reshape(count)
 
 
 def normals_box(key: Key, shape: Sequence[int], box: Box) -> NDArray[np.float64]:
-    """The normals of ``box``, float64 [box.sizes], where element number i of the whole ``shape``, row-major, is normal i.
+    """The normals of ``box``, float64 [box.sizes]: element i of the whole ``shape``, row-major, is normal i of ``key``.
 
     So a tensor cut into boxes in any way holds the normals that it would hold whole. Costs what the box's own elements
     cost, rounded up to whole counters for each contiguous run of them.

@@ -50,16 +50,19 @@ def philox_torch(
     Integer arithmetic on the device of ``c0``: traceable by torch.compile, no host synchronisation.
     """
     if torch.compiler.is_compiling():  # a symbolic int that only enters arithmetic comes out of inductor as a float
-        k0, k1 = (key if isinstance(key, Tensor) else torch.full((), key, dtype=torch.int64, device=c0.device) for key in (k0, k1))
+        k0, k1 = (
+            key if isinstance(key, Tensor) else torch.full((), key, dtype=torch.int64, device=c0.device)
+            for key in (k0, k1)
+        )
     # Not only a courtesy: inductor folds arange * multiplier into an index with a 32-bit step, which overflows. The
     # mask keeps counters out of index arithmetic.
     return rounds(c0 & _MASK, c1 & _MASK, c2 & _MASK, c3 & _MASK, k0 & _MASK, k1 & _MASK)
 
 
 def philox_numpy(c0: Words, c1: Words, c2: Words, c3: Words, key: Key) -> tuple[Words, Words, Words, Words]:
-    """Four uint64 arrays of words from four uint64 arrays of counter words (they broadcast) and a key."""
+    """Four uint64 arrays of words from the low 32 bits of four uint64 counters (they broadcast) and a key."""
     counters = np.broadcast_arrays(c0, c1, c2, c3)
-    words = np.stack([counter.reshape(-1) for counter in counters])
+    words = np.stack([counter.reshape(-1) for counter in counters]) & np.uint64(_MASK)
     scratch = np.empty((2, BLOCK), np.uint64)
     for start in range(0, words.shape[1], BLOCK):
         philox_block(words[:, start : start + BLOCK], scratch, key)

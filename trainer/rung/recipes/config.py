@@ -49,7 +49,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=AdamWConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -126,7 +126,9 @@ FREE_KEYS = {
 }
 
 
-def changes_that_matter(old: dict[str, Any], new: dict[str, Any], allowed: Sequence[str]) -> tuple[list[str], list[str]]:
+def changes_that_matter(
+    old: dict[str, Any], new: dict[str, Any], allowed: Sequence[str]
+) -> tuple[list[str], list[str]]:
     """Keys changed between two flat configurations: (those that may, those that may not without run.allow_changes)."""
     import fnmatch
 

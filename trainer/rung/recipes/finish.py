@@ -73,7 +73,7 @@ def gzip_bits_per_byte(source: DataSource) -> float | None:
 
 def plot_run(folder: Path, gzip_bits: float | None) -> Path:
     """Draw the loss curve beside the metrics."""
-    from rung.observe.plot import plot
+    from rung.observe import plot
 
     return plot([folder], folder / "loss.png", gzip_bits_per_byte=gzip_bits)
 

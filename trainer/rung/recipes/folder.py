@@ -27,7 +27,9 @@ def claim(config: Config, notes: list[str]) -> IO[Any]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - held open for the life of the run
     except OSError as error:
-        raise UserError(f"run.dir={folder} cannot be written: {error.strerror or error}; choose another run.dir") from error
+        raise UserError(
+            f"run.dir={folder} cannot be written: {error.strerror or error}; choose another run.dir"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

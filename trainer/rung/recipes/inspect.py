@@ -99,9 +99,14 @@ class Report:
 
 
 @torch.no_grad()
-def evaluate_files(model: Path, *, corpus: Path | None = None, seq_len: int | None = None, batch_size: int = 8) -> Report:
-    """Score every held-out file of a corpus with one process. Windows cut the stream of files; a token's cost goes to its
-    own file (the end-of-document token to the file it ends), so the total is the in-run evaluation's."""
+def evaluate_files(
+    model: Path, *, corpus: Path | None = None, seq_len: int | None = None, batch_size: int = 8
+) -> Report:
+    """Score every held-out file of a corpus with one process.
+
+    Windows cut the stream of files; a token's cost goes to its own file (the end-of-document token to the file it
+    ends), so the total is the in-run evaluation's.
+    """
     import rung_kernels
     from rung.checkpoint import load_huggingface
     from rung.data import DataConfig, open_data
@@ -115,7 +120,9 @@ def evaluate_files(model: Path, *, corpus: Path | None = None, seq_len: int | No
         raise UserError(f"{model} does not say what it was evaluated on; give --corpus")
     source = open_data(data, 0)
     if source.num_eval_windows == 0 or source.token_bytes is None or len(source.eval_sources) != 1:
-        raise UserError(f"{source.path}: file by file needs one corpus with a held-out split, as `rung data build` makes it")
+        raise UserError(
+            f"{source.path}: file by file needs one corpus with a held-out split, as `rung data build` makes it"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _, decoder = load_huggingface(weights_folder(model), device=device)
     decoder.eval()
@@ -161,7 +168,9 @@ def weights_folder(path: Path) -> Path:
     for folder in (path / "export", path):
         if (folder / "config.json").is_file():
             return folder
-    raise UserError(f"{path} holds no weights: neither {path / 'export'} nor a Hugging Face folder; has the run completed?")
+    raise UserError(
+        f"{path} holds no weights: neither {path / 'export'} nor a Hugging Face folder; has the run completed?"
+    )
 
 
 def run_settings(path: Path) -> dict[str, Any]:

@@ -95,7 +95,9 @@ def run_facts(config: Config, layout: Layout, world: World) -> RunFacts:
     train, parallel = config.train, config.parallel
     tokens = train.global_batch_size * config.data.seq_len
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    axes = " × ".join(f"{axis} {getattr(layout, axis)}" for axis in ("dp_replicate", "dp_shard") if getattr(layout, axis) > 1)
+    axes = " × ".join(
+        f"{axis} {getattr(layout, axis)}" for axis in ("dp_replicate", "dp_shard") if getattr(layout, axis) > 1
+    )
     accumulation = train.global_batch_size // (layout.data_size * train.micro_batch_size)
     batch = f"{train.global_batch_size} × {config.data.seq_len} = {tokens} tokens per step"
     return RunFacts(
@@ -115,8 +117,9 @@ def run_facts(config: Config, layout: Layout, world: World) -> RunFacts:
         title=f"rung {config.recipe.name}: {config.run.name}",
         lines={
             "model": f"{human_count(num_parameters(config.model))} parameters",
-            "data": f"{config.data.name}, {batch}",
-            "layout": f"{world.size} × {device}, {axes or 'one process'}, micro-batch {train.micro_batch_size}, accumulation {accumulation}",
+            "data": config.data.name if config.data.name != "corpus" else ", ".join(config.data.paths),
+            "layout": f"{world.size} × {device}, {axes or 'one process'}",
+            "batch": f"{batch}, micro-batch {train.micro_batch_size}, accumulation {accumulation}",
             "numerics": f"{config.precision}, seed {config.run.seed}" + (", compiled" if config.compile else ""),
             "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, {config.schedule.name}, {train.steps} steps",
             "folder": config.run.dir,

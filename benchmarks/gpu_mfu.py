@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config, _ = load_config(contenders.overrides(folder / "corpus", folder / "run", common), 1)
     tokens_needed = (total_steps + 1) * args.batch * args.seq + 1
     contenders.write_corpus(folder / "corpus", config.model.vocab_size, tokens_needed, args.seed)
-    contenders.write_batches(config, total_steps, folder / "tokens.npy")
+    contenders.write_batches(config, total_steps + 1, folder / "tokens.npy")
     programs = []
     for name in args.contenders:
         kind, compiled = CONTENDERS[name]

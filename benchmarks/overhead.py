@@ -49,6 +49,7 @@ def main() -> None:
     )
     others = result["disturbance"]
     print(f"disturbance by others: median {others['median']:.1%}, max {others['max']:.1%}")
+    print(f"largest relative difference between their losses: {result['relative_loss_difference']:.1e}")
     write(result, args.output)
     if errors := [f"{name}: {row['error']}" for name, row in result["contenders"].items() if row["error"]]:
         sys.exit("\n".join(errors))
@@ -75,7 +76,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config, _ = load_config(settings, 1)
     windows = (total_steps + 1) * args.batch
     contenders.write_corpus(folder / "corpus", config.model.vocab_size, windows * args.seq + 1, args.seed)
-    contenders.write_batches(config, total_steps, folder / "tokens.npy")
+    contenders.write_batches(config, total_steps + 1, folder / "tokens.npy")
     contenders.write_weights(config, folder / "weights.pt")
     programs = []
     for kind in contenders.CONTENDERS:
@@ -116,8 +117,18 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for name in turns
             if name != "rung" and turns["rung"] and turns[name]
         },
+        "relative_loss_difference": loss_difference(turns),
         "disturbance": spread([turn.disturbance for these in turns.values() for turn in these] or [0.0]),
     }
+
+
+def loss_difference(turns: Mapping[str, Sequence[Turn]]) -> float:
+    """The largest relative difference between the contenders' losses at the end of any turn."""
+    differences = [0.0]
+    for same_step in zip(*(these for these in turns.values() if these), strict=False):
+        losses = [turn.loss for turn in same_step if turn.loss is not None]
+        differences.append(max(losses) / min(losses) - 1)
+    return max(differences)
 
 
 def summary(program: Program, turns: Mapping[str, Sequence[Turn]], tokens: int) -> dict[str, Any]:

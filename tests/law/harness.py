@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -190,7 +192,7 @@ class Recorder:
     def end(self, step: int, batch: Any, lr: float, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
         del step, lr
         assert not bool(skipped)
-        self.record.losses.append(float(loss))
+        self.record.losses.append(loss.item())
         self.record.norms.append(float(norm))
         self.record.samples.append(sorted(int(i) for i in batch.sample_ids))
 
@@ -206,16 +208,20 @@ class RecordingOptimizer:
         self._optimizer, self._model, self._record = optimizer, model, record
 
     def step(self, lr: float, **kwargs: Any) -> None:
-        self._record.gradients.append({n: whole(p.grad) for n, p in logical_parameters(self._model)})
+        self._record.gradients.append({n: gradient(p) for n, p in logical_parameters(self._model)})
         self._optimizer.step(lr, **kwargs)
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
 
-def whole(tensor: Tensor | None) -> np.ndarray:
+def gradient(parameter: nn.Parameter) -> np.ndarray:
+    """The logical gradient; a missing one is zero."""
+    return np.zeros(parameter.shape) if parameter.grad is None else whole(parameter.grad)
+
+
+def whole(tensor: Tensor) -> np.ndarray:
     """The logical value of a tensor, gathered by torch."""
-    assert tensor is not None
     value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     result: np.ndarray = value.detach().clone().numpy()
     return result
@@ -228,7 +234,7 @@ def logical_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(clean_name(name), parameter) for name, parameter in model.named_parameters()]
 
 
-def run_case(case: Case, corpus: str, mutant: str | None = None) -> Record | None:
+def run_case(case: Case, corpus: str, mutant: str | None = None, thorough: bool = False) -> Record | None:
     """Run the case on this rank's process group with the real loop; the record on rank 0."""
     from law.mutants import MUTANTS
 
@@ -242,7 +248,8 @@ def run_case(case: Case, corpus: str, mutant: str | None = None) -> Record | Non
     config, layout = load_config(overrides(case, corpus), dist.get_world_size())
     world = World(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     recorder = Recorder()
-    with MUTANTS[mutant]() if mutant else contextlib.nullcontext():
+    torch._dynamo.reset()  # one process runs more models here than a run ever has
+    with MUTANTS[mutant]() if mutant else contextlib.nullcontext(), compiler(case, everywhere=thorough):
         run = assemble(config, layout, world, UnevenLabels(open_data(config.data, config.run.seed)), recorder)
         recorder.record.initial = {name: whole(p) for name, p in logical_parameters(run.model)}
         logical = logical_tensors(run.model)
@@ -255,6 +262,16 @@ def run_case(case: Case, corpus: str, mutant: str | None = None) -> Record | Non
         train(run)
         recorder.record.final = {name: whole(p) for name, p in logical_parameters(run.model)}
     return recorder.record if dist.get_rank() == 0 else None
+
+
+def compiler(case: Case, *, everywhere: bool) -> contextlib.AbstractContextManager[Any]:
+    """inductor on one or two ranks, or ``everywhere``; elsewhere the same graphs without code generation.
+
+    Four ranks would generate the same C++ at the same time, which takes minutes on two cores.
+    """
+    if everywhere or world_size(case) <= 2:
+        return contextlib.nullcontext()
+    return mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 def one_process(case: Case, corpus: str) -> Record:
@@ -302,10 +319,10 @@ def one_process(case: Case, corpus: str) -> Record:
         loss = nll(model(**batch, step=torch.tensor(step)), labels) / int((labels != -100).sum())
         loss.backward()
         norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))  # type: ignore[union-attr, arg-type]
-        record.losses.append(float(loss))
+        record.losses.append(loss.item())
         record.norms.append(float(norm))
         record.samples.append(sorted(int(i) for i in ids))
-        record.gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+        record.gradients.append({name: gradient(p) for name, p in model.named_parameters()})
         for local, parameter in zip(locals_, model.parameters(), strict=True):
             local.local.grad = parameter.grad
         scale = torch.clamp(norm / case["clip"], min=1.0) if case["clip"] else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -39,8 +39,8 @@ def gradients_averaged_over_ranks() -> Iterator[None]:
 @mutant()
 def mean_of_micro_batch_means() -> Iterator[None]:
     """Each micro-batch divides by its own count."""
-    from rung.loop import step as parts
-    from rung.loop import train as page
+    parts = import_module("rung.loop.step")
+    page = import_module("rung.loop.train")
 
     real = parts.forward_backward
 
@@ -62,7 +62,7 @@ def mean_of_micro_batch_means() -> Iterator[None]:
 @mutant()
 def counts_stay_local() -> Iterator[None]:
     """The count of labels is this rank's times the number of ranks, not the sum over ranks."""
-    from rung.loop import step as parts
+    parts = import_module("rung.loop.step")
 
     real = parts.total_counts
 
@@ -77,7 +77,7 @@ def counts_stay_local() -> Iterator[None]:
 @mutant(accumulation=2)
 def last_micro_batch_overwrites_gradients() -> Iterator[None]:
     """Gradients are cleared between micro-batches."""
-    from rung.loop import step as parts
+    parts = import_module("rung.loop.step")
 
     real = parts.run_model
 
@@ -162,7 +162,7 @@ def labels_not_shifted() -> Iterator[None]:
 def start_drawn_per_shard() -> Iterator[None]:
     """Each shard draws its own numbers from zero."""
     from rung.layout import Box
-    from rung.parallel import initialize as module
+    module = import_module("rung.parallel.initialize")
 
     real = module.normals_box
     wrong = lambda key, shape, box: real(key, box.sizes, Box((0,) * len(box.sizes), box.sizes))  # noqa: E731
@@ -172,17 +172,22 @@ def start_drawn_per_shard() -> Iterator[None]:
 
 @mutant(tied=True, dp_shard=1, dp_replicate=1)
 def tie_lost_when_materialised() -> Iterator[None]:
-    """to_empty gives the head storage of its own and nobody ties it again."""
-    from rung.models.decoder import Decoder
+    """The head gets storage of its own, with the same values, and nobody ties it again."""
+    recipe = import_module("rung.recipes.pretrain")
+    real = recipe.initialize
 
-    with mock.patch.object(Decoder, "tie_weights", lambda self: None):
+    def wrong(model: Any, device: Any, seed: int) -> None:
+        real(model, device, seed)
+        model.lm_head.weight = torch.nn.Parameter(model.embed_tokens.weight.detach().clone())
+
+    with mock.patch.object(recipe, "initialize", wrong):
         yield
 
 
 @mutant(dropout=0.25)
 def dropout_by_row_of_the_micro_batch() -> Iterator[None]:
     """Draws are keyed by the row in the micro-batch instead of the sample."""
-    from rung.loop import step as parts
+    parts = import_module("rung.loop.step")
 
     real = parts.run_model
 
@@ -197,7 +202,7 @@ def dropout_by_row_of_the_micro_batch() -> Iterator[None]:
 @mutant(dropout=0.25)
 def dropout_same_in_every_step() -> Iterator[None]:
     """Draws do not know the step."""
-    from rung.loop import step as parts
+    parts = import_module("rung.loop.step")
 
     real = parts.run_model
     with mock.patch.object(
@@ -211,7 +216,7 @@ def dropout_same_in_every_step() -> Iterator[None]:
 @mutant(dropout=0.25, recompute="full")
 def recompute_draws_again() -> Iterator[None]:
     """The recomputed forward pass sees other draws than the first."""
-    from rung.models import decoder as module
+    module = import_module("rung.models.decoder")
 
     real, calls = module.dropout_mask, iter(range(10**9))
 
@@ -225,7 +230,7 @@ def recompute_draws_again() -> Iterator[None]:
 @mutant(packed=True)
 def documents_see_each_other() -> Iterator[None]:
     """Document ids are dropped on the way to the model."""
-    from rung.loop import step as parts
+    parts = import_module("rung.loop.step")
 
     real = parts.run_model
 
@@ -241,7 +246,7 @@ def documents_see_each_other() -> Iterator[None]:
 @mutant(dp_replicate=2, dp_shard=1)
 def norm_counts_copies() -> Iterator[None]:
     """Every copy of a gradient element enters the norm."""
-    from rung.loop import train as page
+    page = import_module("rung.loop.train")
 
     def wrong(parameters: Any, device: Any) -> Any:
         return sum((p.grad.double() ** 2).sum() for p in parameters if p.grad is not None)
@@ -253,7 +258,7 @@ def norm_counts_copies() -> Iterator[None]:
 @mutant()
 def norm_of_one_rank() -> Iterator[None]:
     """The norm is this rank's share, scaled up."""
-    from rung.loop import train as page
+    page = import_module("rung.loop.train")
 
     def wrong(sums: Any, device: Any) -> Any:
         result = {k: v.detach().double() for k, v in sums.items()}
@@ -271,7 +276,7 @@ def norm_of_one_rank() -> Iterator[None]:
 @mutant()
 def loss_of_one_rank() -> Iterator[None]:
     """The reported loss is this rank's."""
-    from rung.loop import train as page
+    page = import_module("rung.loop.train")
 
     real = page.all_reduce_sums
 
@@ -286,11 +291,11 @@ def loss_of_one_rank() -> Iterator[None]:
 @mutant(optim="muon", clip=0.0)
 def muon_orthogonalises_shards() -> Iterator[None]:
     """Each rank orthogonalises the rows it holds."""
-    from rung.parallel import gradients as module
+    module = import_module("rung.parallel.gradients")
 
     real = module.local_parameters
     from rung.layout import Box, LogicalTensor
-    from rung.recipes import pretrain as recipe
+    recipe = import_module("rung.recipes.pretrain")
 
     def wrong(model: Any) -> Any:
         from dataclasses import replace
@@ -326,7 +331,7 @@ def clipping_forgotten() -> Iterator[None]:
 @mutant()
 def evaluation_counts_padding() -> Iterator[None]:
     """Windows that only keep ranks in step are counted."""
-    from rung.loop import evaluate as module
+    module = import_module("rung.loop.evaluate")
 
     class Short:
         def __init__(self, source: Any) -> None:
@@ -343,7 +348,7 @@ def evaluation_counts_padding() -> Iterator[None]:
             return self._source.read_eval([w % self._source.num_eval_windows for w in windows])
 
     real = module.evaluate
-    from rung.loop import train as page
+    page = import_module("rung.loop.train")
 
     def wrong(model: Any, objective: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         return real(model, objective, Short(source), *args, **kwargs)
@@ -351,5 +356,3 @@ def evaluation_counts_padding() -> Iterator[None]:
     with mock.patch.object(page, "evaluate", wrong):
         yield
 
-
-assert np

@@ -55,8 +55,10 @@ def truth(case: Case, corpus: Path) -> Record:
     return _truths[key]
 
 
-def check(workers: Workers, case: Case, corpus: Path, mutant: str | None = None) -> None:
-    record = workers.run(world_size(case), run_case, case, str(corpus), mutant)[0]
+def check(
+    workers: Workers, case: Case, corpus: Path, mutant: str | None = None, thorough: bool = False
+) -> None:
+    record = workers.run(world_size(case), run_case, case, str(corpus), mutant, thorough)[0]
     compare(record, truth(case, corpus))
 
 
@@ -97,4 +99,4 @@ def test_random_cases(seed: int, corpus: Path, workers: Workers) -> None:
     case["compile"] = case["compile"] and seed % 10 == 0
     if not legal(case):
         case["dp_replicate"] = 1
-    check(workers, case, corpus)
+    check(workers, case, corpus, thorough=True)

@@ -20,6 +20,7 @@ class Workers:
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
+        self._group: tuple[int, int] | None = None  # world size and port of the group that stands
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
@@ -28,11 +29,12 @@ class Workers:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
         """``[function(*args) on rank 0, on rank 1, ...]``. RuntimeError with the traceback of a rank that failed."""
-        port = _free_port()
+        if self._group is None or self._group[0] != world_size:
+            self._group = (world_size, _free_port())
         for pipe in self._pipes[:world_size]:
-            pipe.send((world_size, port, function, args))
+            pipe.send((self._group, function, args))
         results, errors = [], []
         for rank, pipe in enumerate(self._pipes[:world_size]):
             if not pipe.poll(timeout):
@@ -43,6 +45,7 @@ class Workers:
             if error is not None:
                 errors.append(f"rank {rank}: {error}")
         if errors:
+            self._group = None  # its members may be out of step
             raise RuntimeError("\n".join(errors))
         return results
 
@@ -67,19 +70,19 @@ def _serve(rank: int, pipe: Connection) -> None:
     group: tuple[int, int] | None = None
     while True:
         try:
-            world_size, port, function, args = pipe.recv()
+            wanted, function, args = pipe.recv()
         except EOFError:
             return
         try:
-            # A group is kept while the world size stays; after an error its members may be out of step: remade.
-            if group is None or group[0] != world_size:
+            if group != wanted:
+                world_size, port = wanted
                 if dist.is_initialized():
                     dist.destroy_process_group()
                 os.environ.update(
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size)
                 )
                 dist.init_process_group("gloo", rank=rank, world_size=world_size)
-                group = (world_size, port)
+                group = wanted
             pipe.send((function(*args), None))
         except BaseException:
             group = None

@@ -10,7 +10,8 @@ from rung.observe import LoggingConfig, MetricsLog, StepMetrics, WandbConfig, re
 
 STEP = StepMetrics(
     step=1, loss=1 / 3, grad_norm=2.0, lr=1e-3, tokens=64, samples_digest="ab", step_seconds=0.5,
-    tokens_per_second=128.0, memory_gib={"max_resident": 1.5}, phase_seconds={"data": 0.1}, extra={"balance_loss": 0.01},
+    tokens_per_second=128.0, memory_gib={"max_resident": 1.5}, phase_seconds={"data": 0.1},
+    extra={"balance_loss": 0.01},
 )  # fmt: skip
 
 

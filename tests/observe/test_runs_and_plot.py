@@ -7,7 +7,7 @@ import time
 import pytest
 
 from rung.errors import UserError
-from rung.observe import list_runs, plot, read_status, render_runs, write_status
+from rung.observe import list_runs, plot, read_status, runs_table, write_status
 from rung.observe.plotting import smooth
 
 
@@ -49,13 +49,13 @@ def test_listing(tmp_path):
     assert (runs["a"].step, runs["a"].eval_loss, runs["a"].tokens) == (50, 2.5, 50 * 4096)
     assert runs["b"].eval_loss is None and runs["b"].loss == 2 + 8 / 5 and runs["c"].state == "silent"
     console = Console(width=80, file=io.StringIO())
-    console.print(render_runs(list_runs(tmp_path), tmp_path))
+    console.print(runs_table(list_runs(tmp_path), tmp_path))
     text = console.file.getvalue()
     assert "sweep/b: rank 3 was lost\n" in text and "and more" not in text and "1h00m ago" in text
     assert [run.path for run in list_runs(b)] == [b] and list_runs(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize("options", [{}, {"log_x": True, "baselines": {"gzip -9": 2.3}}])
+@pytest.mark.parametrize("options", [{}, {"log_x": True, "gzip_bits_per_byte": 2.3}])
 def test_plot_writes_a_picture(tmp_path, options):
     from PIL import Image
 

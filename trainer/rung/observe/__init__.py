@@ -11,7 +11,7 @@ from rung.observe.memory import MemoryConfig, MemorySettings, explain_out_of_mem
 from rung.observe.metrics import Logger, LoggingConfig, MetricsLog, StepMetrics, WandbConfig, read_metrics
 from rung.observe.plotting import plot
 from rung.observe.profiler import ProfileConfig, Profiler
-from rung.observe.runs import RunSummary, list_runs, render_runs
+from rung.observe.runs import RunSummary, list_runs, runs_table
 from rung.observe.signals import StopSignals, agree
 from rung.observe.status import Status, read_status, write_status
 from rung.observe.throughput import memory_gib, model_flops_utilization, peak_flops, tokens_per_second
@@ -49,7 +49,7 @@ __all__ = [
     "plot",
     "read_metrics",
     "read_status",
-    "render_runs",
+    "runs_table",
     "suggest",
     "tokens_per_second",
     "write_status",

@@ -139,6 +139,8 @@ class Heartbeat:
         self._stood_still = 0.0
         self._ended = False
         self._ending = threading.Lock()
+        self._handing_over = threading.Lock()
+        self._told = False
         self._main_thread_until = 0.0
         self._first_rank_beat: _Beat | None = None
         self._server: Any = None
@@ -194,7 +196,10 @@ class Heartbeat:
         """
         if not self._active or self._ended:
             return None
-        self._main_thread_until = float("inf")
+        with self._handing_over:
+            told, self._main_thread_until = self._told, float("inf")
+        if told:  # the thread is about to end the process, and has said why
+            time.sleep(_MAIN_THREAD_SECONDS)
         if self._failure is None:
             self._ask("blame", timeout=self._config.timeout_seconds)
         failure = self._failure
@@ -403,10 +408,12 @@ class Heartbeat:
             self._failure = failure
             self._answered.set()
             grace = time.monotonic() + _GRACE_ROUNDS * self._config.interval_seconds
-            while not self._ended and time.monotonic() < max(grace, self._main_thread_until):
+            while not self._told:
                 time.sleep(min(0.1, self._config.interval_seconds))
-            if self._ended:
-                return
+                if self._ended:
+                    return
+                with self._handing_over:
+                    self._told = time.monotonic() >= max(grace, self._main_thread_until)
             _say(f"[rank {self._rank}] {failure.message}")
             lowest = next((rank for rank in range(self._world_size) if rank not in failure.ranks), None)
             report = everywhere or lowest == self._rank

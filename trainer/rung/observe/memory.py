@@ -92,7 +92,7 @@ def _write_snapshot(path: Path) -> str:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+        torch.cuda.memory._dump_snapshot(str(path))
     except Exception as error:  # the reason the run ended must not be hidden by this
         return f"the memory snapshot could not be written: {error}"
     return f"memory snapshot: {path} (open it in https://pytorch.org/memory_viz)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot"]
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; black is left for baselines.
+# Okabe and Ito's palette, told apart by colour-blind readers too; grey is left for the baseline.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#555555"
 _Points = tuple[list[float], list[float]]
@@ -37,15 +37,14 @@ def plot(
     run_dirs: Sequence[str | Path],
     out_png: str | Path,
     *,
-    baselines: Mapping[str, float] | None = None,
+    gzip_bits_per_byte: float | None = None,
     log_x: bool = False,
     title: str = "",
 ) -> Path:
     """Draw the runs' losses over tokens to `out_png` and return its path.
 
     Left: training loss of every step (light) and smoothed (bold), evaluations as points. Right, if any run has
-    evaluated bits per byte: those, with `baselines` (bits per byte by name, such as `{"gzip -9": 2.31}`) as horizontal
-    lines. A run that has nothing to draw is an error.
+    evaluated bits per byte: those, and what gzip needs as a horizontal line. A run with nothing to draw is an error.
     """
     folders = [Path(run_dir) for run_dir in run_dirs]
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
@@ -70,10 +69,10 @@ def plot(
     _focus(axes[0], [run.train[1] for run in runs])
     _finish(axes[0], "loss (nats per token)", log_x, "Training loss; points are evaluations")
     if two_panels:
-        for name, value in (baselines or {}).items():
-            axes[1].axhline(value, color=_GREY, linewidth=1.2, linestyle=(0, (5, 3)))
+        if (gzip := gzip_bits_per_byte) is not None:
+            axes[1].axhline(gzip, color=_GREY, linewidth=1.2, linestyle=(0, (5, 3)))
             axes[1].annotate(
-                f"{name}  {value:.3f}", (0.995, value), xycoords=("axes fraction", "data"), color=_GREY,
+                f"gzip -9  {gzip:.3f}", (0.995, gzip), xycoords=("axes fraction", "data"), color=_GREY,
                 xytext=(0, 3), textcoords="offset points", ha="right", va="bottom", fontsize=9,
             )  # fmt: skip
         axes[1].margins(y=0.12)

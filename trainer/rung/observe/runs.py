@@ -16,7 +16,7 @@ from rung.observe.status import read_status
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["RunSummary", "list_runs", "render_runs"]
+__all__ = ["RunSummary", "list_runs", "runs_table"]
 
 _RUN_FILES = ("status.json", "metrics.jsonl", "resolved.yaml")
 _TAIL_BYTES = 16 * 2**20
@@ -54,7 +54,7 @@ def list_runs(folder: str | Path) -> list[RunSummary]:
     return sorted((_summary(path) for path in _run_folders(Path(folder))), key=lambda run: run.age_seconds)
 
 
-def render_runs(runs: list[RunSummary], root: str | Path | None = None) -> RenderableType:
+def runs_table(runs: list[RunSummary], root: str | Path | None = None) -> RenderableType:
     """A table for rich to print, what failed runs say below it; paths are relative to `root` where they are in it."""
     from rich.console import Group
     from rich.table import Table

@@ -35,7 +35,8 @@ def parallelize(
         block.forward = torch.compile(forward, fullgraph=True, dynamic=False) if compile_blocks else forward
     if mesh.size() == 1 and dtypes.compute == dtypes.parameters:
         return model
-    policy = MixedPrecisionPolicy(param_dtype=dtypes.compute, reduce_dtype=dtypes.reduce)
+    # Inputs of a block stay as they are: rotary tables are float32 also where the block computes in bf16.
+    policy = MixedPrecisionPolicy(param_dtype=dtypes.compute, reduce_dtype=dtypes.reduce, cast_forward_inputs=False)
     for block in blocks:
         reshard = config.reshard_after_forward and block is not blocks[-1]
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)

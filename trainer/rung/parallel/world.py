@@ -117,6 +117,13 @@ class World:
         result: T = outcome[0]
         return result
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank; the same answer on every rank."""
+        flags = torch.tensor(int(flag))
+        if self.size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:

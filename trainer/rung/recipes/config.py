@@ -92,8 +92,9 @@ def load_config(overrides: Sequence[str], world_size: int) -> tuple[Config, Layo
 def validate(config: Config, world_size: int) -> Layout:
     """The layout of a valid configuration; UserError with every problem of every component otherwise."""
     problems: list[str] = []
-    for component in (config.run, config.train, config.data, config.model, config.optim, config.schedule):
+    for component in (config.run, config.train, config.data, config.model, config.optim):
         problems += component.validate()
+    problems += config.schedule.validate(config.train.steps)
     for other in (config.parallel, config.eval, config.logging, config.profile, config.heartbeat, config.garbage):
         problems += other.validate()
     problems += choice_problem("precision", config.precision, PRECISIONS)

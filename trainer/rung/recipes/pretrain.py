@@ -10,6 +10,7 @@ from torch import nn
 
 from rung.config import flatten
 from rung.data import DataSource, check_vocab, open_data, prepare
+from rung.errors import UserError
 from rung.layout import Layout
 from rung.loop import Training, train
 from rung.loop.monitor import Monitor, MonitorConfig, RunFacts
@@ -34,6 +35,7 @@ def pretrain(config: Config, layout: Layout) -> int:
         world.on_main(lambda: locks.append(claim(config, notes)))
         world.on_main(lambda: prepare(config.data))
         source = open_data(config.data, config.run.seed)
+        agree_on_data(world, source)
         check_vocab(source, config.model.vocab_size)
         with Monitor(monitor_config(config), world, run_facts(config, layout, world)) as monitor:
             for note in notes:
@@ -73,6 +75,16 @@ def spread_model(config: Config, layout: Layout, world: World) -> nn.Module:
     parallelize(model, build_mesh(layout, world.device.type), config.parallel, types, compile_blocks=config.compile)
     initialize(model, world.device, config.run.seed)
     return model
+
+
+def agree_on_data(world: World, source: DataSource) -> None:
+    """Ranks on other machines may have built or copied other bytes under the same name."""
+    main: str = world.on_main(lambda: source.fingerprint)
+    if world.any(source.fingerprint != main):
+        raise UserError(
+            f"ranks read different data: {source.path} is {source.fingerprint} on rank {world.rank}, {main} on rank 0; "
+            "put the corpus on a file system that all nodes share"
+        )
 
 
 def set_numerics(config: Config) -> None:

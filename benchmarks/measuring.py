@@ -160,6 +160,7 @@ class Turns:
         self._commands, self._replies, self._device = commands, replies, device
         self._left = 0
         self._started: float | None = None
+        self._processor_started = 0.0
         self.loss: Any = None
         """Of the last step, a 0-dim tensor; read only at the end of a turn."""
 
@@ -171,7 +172,7 @@ class Turns:
             if not command or command[0] != "run":
                 return False
             self._left = int(command[1])
-            self._started = time.perf_counter()
+            self._started, self._processor_started = time.perf_counter(), time.process_time()
         self._left -= 1
         return True
 
@@ -186,6 +187,7 @@ class Turns:
             reply["ready"] = True
         else:
             reply["seconds"] = time.perf_counter() - self._started
+            reply["processor_seconds"] = time.process_time() - self._processor_started
             reply["loss"] = None if self.loss is None else float(self.loss)
         if on_gpu:
             reply["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -275,6 +277,8 @@ class Turn:
     """What one program did in one round."""
 
     seconds: float
+    processor_seconds: float
+    """Of all its threads: says less than the clock, and suffers less from other processes."""
     loss: float | None
     peak_gib: float
     disturbance: float
@@ -324,9 +328,8 @@ def interleave(
                     alive.remove(program)
                     continue
                 after = Ticks.now([p.process.pid for p in started])
-                turns[program.name].append(
-                    Turn(reply["seconds"], reply["loss"], reply["peak_gib"], after.disturbance_since(before))
-                )
+                reply["disturbance"] = after.disturbance_since(before)
+                turns[program.name].append(Turn(**reply))
             print(_progress(turn, rounds, turns), file=sys.stderr, flush=True)
     finally:
         for program in started:

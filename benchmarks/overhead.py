@@ -93,6 +93,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         programs.append(Program(kind, argv, {"OMP_NUM_THREADS": str(args.threads)}, folder / f"{kind}.log"))
     turns = interleave(programs, rounds=args.rounds, steps=args.steps, warmup_steps=args.warmup)
     tokens = args.batch * args.seq * args.steps
+    others = [name for name, these in turns.items() if name != "rung" and these and turns["rung"]]
     return {
         "benchmark": "overhead",
         "tiny": args.tiny,
@@ -112,10 +113,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         },
         "versions": versions("transformers", "accelerate"),
         "contenders": {program.name: summary(program, turns, tokens) for program in programs},
-        "ratios": {
-            f"rung / {name}": ratio(turns, "rung", name)
-            for name in turns
-            if name != "rung" and turns["rung"] and turns[name]
+        "ratios": {f"rung / {name}": ratio(turns, "rung", name) for name in others},
+        "ratios_by_processor_time": {
+            f"rung / {name}": ratio(turns, "rung", name, "processor_seconds") for name in others
         },
         "relative_loss_difference": loss_difference(turns),
         "disturbance": spread([turn.disturbance for these in turns.values() for turn in these] or [0.0]),
@@ -145,9 +145,10 @@ def summary(program: Program, turns: Mapping[str, Sequence[Turn]], tokens: int) 
     }
 
 
-def ratio(turns: Mapping[str, Sequence[Turn]], ours: str, theirs: str) -> dict[str, Any]:
+def ratio(turns: Mapping[str, Sequence[Turn]], ours: str, theirs: str, clock: str = "seconds") -> dict[str, Any]:
     """Speed of one contender over another's, made within rounds."""
-    return spread([b.seconds / a.seconds for a, b in zip(turns[ours], turns[theirs], strict=False)])
+    pairs = zip(turns[ours], turns[theirs], strict=False)
+    return spread([getattr(b, clock) / getattr(a, clock) for a, b in pairs])
 
 
 def _row(name: str, result: Mapping[str, Any]) -> list[object]:

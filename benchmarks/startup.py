@@ -68,7 +68,7 @@ def measure(rounds: int, worst: int) -> dict[str, Any]:
     """Seconds of every stage, round by round, after one round that fills the disk cache and writes compiled files."""
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
     disturbances = []
-    for turn in range(-1, rounds):
+    for turn in range(0 if rounds == 1 else -1, rounds):
         before = Ticks.now([])
         names = list(STAGES)
         first = turn % len(names)

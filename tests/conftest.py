@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def tiny(corpus: Path, tmp_path: Path) -> list[str]:
         "device=cpu",
         f"run.dir={tmp_path / 'run'}",
     ]
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """A run that failed leaves its process group, as it must where other ranks may be gone; tests go on."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @dataclass

@@ -15,7 +15,7 @@ Rung = Callable[..., Any]
 
 def refused(result: Any, *parts: str) -> None:
     assert result.status == 2, result
-    assert result.err.startswith("rung: error: ") and "Traceback" not in result.err
+    assert result.err.count("rung: error: ") == 1 and "Traceback" not in result.err
     for part in parts:
         assert part in result.err, (part, result.err)
 

@@ -18,7 +18,7 @@ def options(group: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "choice", [f"{g}={o}" for g in ("model", "data", "optim", "schedule", "recipe") for o in options(g)]
+    "choice", [f"{g}={o}" for g in ("model", "data", "optim", "schedule", "recipe", "logging") for o in options(g)]
 )
 def test_every_option_composes(choice: str) -> None:
     extra = ["data.paths=[somewhere]"] if choice == "data=corpus" else []

@@ -95,7 +95,7 @@ def random_cuts(rng, shape):
     boxes, done = [Box((0,) * len(shape), shape)], []
     while boxes:
         box = boxes.pop()
-        if not shape or rng.random() < 0.3:
+        if not shape or rng.random() < 0.4:
             done.append(box)
             continue
         dim = rng.randrange(len(shape))
@@ -112,7 +112,7 @@ def random_cuts(rng, shape):
 )
 def test_bits_do_not_depend_on_how_a_tensor_is_cut(seed):
     rng = random.Random(seed)
-    shape = tuple(rng.choice([1, 2, 3, 5, 8, 13, 64]) for _ in range(rng.randint(0, 4)))
+    shape = tuple(rng.choice([1, 2, 3, 5, 8, 13, 32]) for _ in range(rng.randint(0, 3)))
     whole = normals_numpy(KEY, 0, int(np.prod(shape, dtype=int))).reshape(shape)
     assembled = np.full(shape, np.nan)
     for box in random_cuts(rng, shape):

@@ -62,7 +62,7 @@ def test_step_keys_of_ints_and_tensors_agree():
 
 
 def test_compiled_words_are_the_same():
-    """The forms in which inductor went wrong: 0-dim tensors, an arange as counter, keys that change from call to call."""
+    """In the forms in which inductor went wrong: 0-dim tensors, an arange as counter, keys that change."""
 
     def draw(step, positions, key):
         counter = torch.arange(40)

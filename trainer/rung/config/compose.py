@@ -119,9 +119,9 @@ def _readable(error: Exception) -> str:
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    outer, inner = _lines(causes[0]), _lines(causes[-1])
+    telling = next((e for e in causes if re.search(r"Value .* could not be converted|Invalid value", str(e))), error)
     key = next((m.group(1) for e in causes for m in [re.search(r"full_key: (\S+)", str(e))] if m), None)
-    text = " ".join(inner if "converted" in " ".join(inner) or "Value" in " ".join(inner) else outer)
+    text = " ".join(_lines(telling))
     text = re.sub(r"\s*(full_key|object_type|reference_type): ?\S*", "", text).strip()
     return f"{key}: {text}" if key and key not in text else text
 

@@ -106,7 +106,7 @@ class Monitor:
         self._status("running")
         self._progress.header(self._facts.title, self._facts.lines)
         self._stack.callback(self._metrics.close)
-        for part in (self._heartbeat, self._signals, self._progress, self._garbage, self._profiler, self._memory):
+        for part in (self._signals, self._heartbeat, self._progress, self._garbage, self._profiler, self._memory):
             self._stack.enter_context(part)
         self.clock.lap()
         return self

@@ -28,8 +28,6 @@ class MemorySettings:
     micro_batch_size: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
-    tp: int = 1
-    cp: int = 1
     world_size: int = 1
 
 
@@ -51,10 +49,6 @@ def suggest(settings: MemorySettings) -> str:
         return (
             f"parallel.dp_replicate=1 parallel.dp_shard={settings.dp_replicate * settings.dp_shard} "
             f"(was {settings.dp_replicate} and {settings.dp_shard}; shards the whole state over every data rank)"
-        )
-    if settings.dp_shard > 1:
-        return (
-            f"parallel.cp={settings.cp * 2} (was {settings.cp}; each rank then holds half the positions of a sequence)"
         )
     return (
         f"more ranks: with twice as many (now {settings.world_size}), parallel.dp_shard=-1 halves "

@@ -25,6 +25,9 @@ class StopSignals:
     Python runs its handlers between two bytecodes of the main thread, so a rank that hangs in a collective would
     never see one. The signals are therefore read by a thread, from the pipe that Python's C handler writes to.
 
+    Open it around the heartbeat: when a rank dies, torchrun sends SIGTERM to the others at once, and they need some
+    seconds more to find out which one it was.
+
     Outside the main thread (a notebook's worker, say) nothing is installed and `requested` stays 0.
     """
 
@@ -72,12 +75,12 @@ class StopSignals:
         self._last[number] = now
         name = signal.Signals(number).name
         if before is not None and now - before >= self._debounce_seconds:
-            _say(f"[rank {self._rank}] {name} again: ending at once, without saving")
+            _say(f"[rank {self._rank}] {name} again: ending at once")
             os._exit(128 + number)
         if not self.requested:
             self.requested = number
             if self._rank == 0:
-                _say(f"{name}: saving and stopping after this step (send it again to end at once)")
+                _say(f"{name}: stopping after this step (send it again to end at once)")
 
 
 def agree(value: int, group: Any = None) -> int:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 Key: TypeAlias = tuple[int, int]
@@ -59,9 +59,11 @@ def philox_torch(
     return rounds(c0 & _MASK, c1 & _MASK, c2 & _MASK, c3 & _MASK, k0 & _MASK, k1 & _MASK)
 
 
-def philox_numpy(c0: Words, c1: Words, c2: Words, c3: Words, key: Key) -> tuple[Words, Words, Words, Words]:
-    """Four uint64 arrays of words from the low 32 bits of four uint64 counters (they broadcast) and a key."""
-    counters = np.broadcast_arrays(c0, c1, c2, c3)
+def philox_numpy(
+    c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, c3: ArrayLike, key: Key
+) -> tuple[Words, Words, Words, Words]:
+    """Four uint64 arrays of words from the low 32 bits of four integer counters (they broadcast) and a key."""
+    counters = np.broadcast_arrays(*(np.asarray(counter, np.uint64) for counter in (c0, c1, c2, c3)))
     words = np.stack([counter.reshape(-1) for counter in counters]) & np.uint64(_MASK)
     scratch = np.empty((2, BLOCK), np.uint64)
     for start in range(0, words.shape[1], BLOCK):

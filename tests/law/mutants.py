@@ -162,6 +162,7 @@ def labels_not_shifted() -> Iterator[None]:
 def start_drawn_per_shard() -> Iterator[None]:
     """Each shard draws its own numbers from zero."""
     from rung.layout import Box
+
     module = import_module("rung.parallel.initialize")
 
     real = module.normals_box
@@ -295,6 +296,7 @@ def muon_orthogonalises_shards() -> Iterator[None]:
 
     real = module.local_parameters
     from rung.layout import Box, LogicalTensor
+
     recipe = import_module("rung.recipes.pretrain")
 
     def wrong(model: Any) -> Any:
@@ -355,4 +357,3 @@ def evaluation_counts_padding() -> Iterator[None]:
 
     with mock.patch.object(page, "evaluate", wrong):
         yield
-

@@ -55,9 +55,7 @@ def truth(case: Case, corpus: Path) -> Record:
     return _truths[key]
 
 
-def check(
-    workers: Workers, case: Case, corpus: Path, mutant: str | None = None, thorough: bool = False
-) -> None:
+def check(workers: Workers, case: Case, corpus: Path, mutant: str | None = None, thorough: bool = False) -> None:
     record = workers.run(world_size(case), run_case, case, str(corpus), mutant, thorough)[0]
     compare(record, truth(case, corpus))
 

@@ -61,15 +61,20 @@ def test_step_keys_of_ints_and_tensors_agree():
         assert tuple(int(word) for word in step_key(key, torch.tensor(step))) == expected
 
 
-def test_compiled_words_are_the_same():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_words_are_the_same(device):
     """In the forms in which inductor went wrong: 0-dim tensors, an arange as counter, keys that change."""
 
     def draw(step, positions, key):
-        counter = torch.arange(40)
-        return torch.stack(torch.broadcast_tensors(*philox_torch(counter, positions, 0, step, *step_key(key, step))))
+        key = step_key(key, step)
+        words = philox_torch(torch.arange(40, device=positions.device), positions, 0, step, *key)
+        return torch.stack(key), torch.stack(torch.broadcast_tensors(*words))
 
     compiled = torch.compile(draw, fullgraph=True)
     positions = torch.arange(3)[:, None] + ONES - 1
-    for step, key in ((1, (1, 2)), (2**33 + 5, (ONES, 1 << 31)), (7, (torch.tensor(ONES), torch.tensor(9)))):
-        arguments = (torch.tensor(step), positions, key)
-        assert torch.equal(compiled(*arguments), draw(*arguments))
+    for step, key in ((2**33 + 5, (11, ONES)), (1, (ONES, 1 << 31))):
+        expected = draw(torch.tensor(step), positions, key)
+        arguments = (torch.tensor(step, device=device), positions.to(device), key)
+        for function in (draw, compiled):
+            for words, right in zip(function(*arguments), expected, strict=True):
+                assert torch.equal(words.cpu(), right)

@@ -33,7 +33,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_two_processes_write_what_the_contract_says(tiny: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
+def test_two_processes_write_what_the_contract_says(
+    tiny: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
     run = tmp_path / "run"
     launch = [sys.executable, "-m", "rung", "launch", "local", "--nproc", "2", "--"]
     extra = ["export.sample_prompts=[def]", "export.sample_tokens=5", "train.micro_batch_size=1", "eval.interval=2"]
@@ -65,7 +67,9 @@ def test_exported_weights_give_equal_logits_in_transformers(rung: Rung, tiny: li
     with torch.no_grad():
         difference = (theirs(tokens).logits - ours.eval()(tokens)).abs().max()
     assert float(difference) <= 1e-4 and config.tie_word_embeddings
-    assert AutoTokenizer.from_pretrained(export).decode(AutoTokenizer.from_pretrained(export)("def")["input_ids"]) == "def"
+    assert (
+        AutoTokenizer.from_pretrained(export).decode(AutoTokenizer.from_pretrained(export)("def")["input_ids"]) == "def"
+    )
 
 
 def test_evaluation_by_file_agrees_with_the_run(rung: Rung, tiny: list[str], tmp_path: Path) -> None:

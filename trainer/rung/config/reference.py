@@ -32,9 +32,9 @@ def field_docs(settings_type: type) -> dict[str, str]:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         assert isinstance(definition, ast.ClassDef)
         for statement, follower in zip(definition.body, definition.body[1:], strict=False):
-            is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-            if is_field and isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
-                docs[statement.target.id] = " ".join(str(follower.value.value).split())
+            match statement, follower:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
     return docs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from rung.config import choice_problem, positive_problems
@@ -76,11 +77,21 @@ class EvalConfig:
     """Steps between evaluations; 0 evaluates only at the end."""
     batches: int = 0
     """Global batches of held-out sequences per evaluation; 0 takes the whole split, its short last window included."""
+    final_batches: int = 0
+    """The same for the evaluation after the last step."""
+
+    def due(self, step: int, last_step: int) -> float:
+        """Global batches to evaluate on after ``step``; 0 when no evaluation is due, infinity for the whole split."""
+        if step == last_step:
+            return self.final_batches or math.inf
+        if self.interval and step % self.interval == 0:
+            return self.batches or math.inf
+        return 0
 
     def validate(self) -> list[str]:
         """Problems with these settings."""
         return [
             f"eval.{name}={value} must be 0 or more"
-            for name, value in (("interval", self.interval), ("batches", self.batches))
-            if value < 0
+            for name in ("interval", "batches", "final_batches")
+            if (value := getattr(self, name)) < 0
         ]

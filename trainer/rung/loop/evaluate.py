@@ -29,7 +29,7 @@ def evaluate(
     rank: int,
     *,
     micro_batch_size: int,
-    max_windows: int | None,
+    max_windows: float,
     device: torch.device,
 ) -> dict[str, float]:
     """``eval_loss`` (mean nats per label) and ``bits_per_byte`` over the first ``max_windows`` held-out windows.
@@ -38,7 +38,7 @@ def evaluate(
     step; where windows run out a rank repeats one with its labels ignored. bits_per_byte is None when labels stand for
     no bytes (a corpus without a tokenizer). Empty where nothing is held out.
     """
-    windows = source.num_eval_windows if max_windows is None else min(max_windows, source.num_eval_windows)
+    windows = int(min(max_windows, source.num_eval_windows))
     if windows == 0:
         return {}
     rounds = math.ceil(windows / (layout.data_size * micro_batch_size))

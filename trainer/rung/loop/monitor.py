@@ -206,7 +206,7 @@ class Monitor:
             self._status("running", step=pending.step)
         if self._skipped_in_a_row >= self._facts.max_skipped_steps:
             raise FloatingPointError(
-                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: step {pending.step}) "
+                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: {pending.step}) "
                 "and were skipped. Lower optim.lr, lengthen schedule.warmup_steps or look at the data"
             )
 

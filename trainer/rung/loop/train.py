@@ -68,9 +68,9 @@ def train(run: Training) -> Outcome:
         monitor.end(step, batch, lr, loss, norm, skipped)
         if step == 1:
             run.world.set_timeout(settings.timeout_seconds)
-        if step == settings.steps or (run.evaluation.interval and step % run.evaluation.interval == 0):
+        if batches := run.evaluation.due(step, settings.steps):
             with monitor.clock("evaluation"):
-                results = evaluate_run(run)
+                results = evaluate_run(run, batches)
             monitor.evaluated(step, results)
     return Outcome("completed", settings.steps, results)
 
@@ -94,9 +94,8 @@ def update(run: Training, sums: dict[str, Tensor], counts: dict[str, int], lr: f
     return loss, norm, skipped
 
 
-def evaluate_run(run: Training) -> dict[str, float]:
-    """Evaluate with the run's own settings."""
-    batches = run.evaluation.batches
+def evaluate_run(run: Training, batches: float) -> dict[str, float]:
+    """Evaluate on ``batches`` global batches of held-out windows; infinity takes all."""
     return evaluate(
         run.model,
         run.objective,
@@ -104,6 +103,6 @@ def evaluate_run(run: Training) -> dict[str, float]:
         run.layout,
         run.world.rank,
         micro_batch_size=run.settings.micro_batch_size,
-        max_windows=batches * run.settings.global_batch_size if batches else None,
+        max_windows=batches * run.settings.global_batch_size,
         device=run.world.device,
     )

@@ -58,7 +58,7 @@ class ParallelConfig:
             degree = getattr(self, axis)
             if degree > 1:
                 problems.append(
-                    f"parallel.{axis}={degree}: this version spreads over dp_replicate and dp_shard only; legal value: 1"
+                    f"parallel.{axis}={degree}: this version spreads over dp_replicate and dp_shard; legal value: 1"
                 )
         if self.prefetch < 0:
             problems.append(f"parallel.prefetch={self.prefetch} must be 0 or more layers")

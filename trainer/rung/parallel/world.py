@@ -83,8 +83,8 @@ class World:
             address, port = _slurm_rendezvous()
             options.update(init_method=f"tcp://{address}:{port}", rank=place.rank, world_size=place.world_size)
         dist.init_process_group(backend, **options)
-        index = torch.cuda.current_device() if kind == "cuda" else None
-        return cls(place.rank, place.local_rank, place.world_size, torch.device(kind, index))
+        where = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+        return cls(place.rank, place.local_rank, place.world_size, where)
 
     def __enter__(self) -> World:
         return self

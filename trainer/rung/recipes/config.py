@@ -135,7 +135,8 @@ def changes_that_matter(
 
     from rung.config import differences
 
-    harmless, serious = [], []
+    harmless: list[str] = []
+    serious: list[str] = []
     for key, (before, after) in differences(old, new).items():
         line = f"{key}: {before} -> {after}"
         free = key in FREE_KEYS or (key.startswith(FREE_TO_CHANGE) and key != "run.seed")

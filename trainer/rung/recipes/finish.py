@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +32,8 @@ def finish(config: Config, run: Training, outcome: Outcome) -> dict[str, str]:
             facts["picture"] = str(picture)
         if config.export.huggingface and run.source.tokenizer_path is not None:
             for prompt in config.export.sample_prompts:
-                text = attempt(lambda prompt=prompt: sample_text(folder / "export", prompt, config))
-                facts[f"sample after {prompt!r}"] = "\n" + (text or "")
+                text = attempt(functools.partial(sample_text, folder / "export", prompt, config))
+                facts[f"sample after {prompt!r}"] = "\n" + prompt + (text or "")
     run.world.barrier()
     return facts
 

@@ -49,7 +49,7 @@ class Spec:
 def overrides(prefix: Path, run_dir: Path, extra: list[str]) -> list[str]:
     """Rung's settings on a corpus, without what would add work that the others do not do: evaluation and TensorBoard.
 
-    Left on: metrics.jsonl, the console, status.json, the heartbeat, signals, all checks.
+    Left on: metrics.jsonl, the console, status.json, signals, all checks.
     """
     return [
         "data=corpus",
@@ -105,13 +105,10 @@ def write_weights(config: Config, path: Path) -> None:
 
 
 def rung(spec: Spec, turns: Turns) -> None:
-    """The loop of `rung train`, everything that watches it included, up to where a finished run exports."""
-    from rung.data import open_data
-    from rung.loop import train
+    """`rung train` as it is, with a monitor that also waits for its turn."""
     from rung.loop.monitor import Monitor
-    from rung.parallel import World
+    from rung.recipes import pretrain
     from rung.recipes.config import load_config
-    from rung.recipes.pretrain import assemble, monitor_config, run_facts, set_numerics
 
     class TakesTurns(Monitor):
         asked_to_end = False
@@ -128,15 +125,8 @@ def rung(spec: Spec, turns: Turns) -> None:
         def stop_requested(self) -> bool:
             return self.asked_to_end or super().stop_requested
 
-    config, layout = load_config(spec.overrides, 1)
-    world = World.join(config.device)
-    set_numerics(config)
-    source = open_data(config.data, config.run.seed)
-    os.makedirs(config.run.dir, exist_ok=True)
-    with TakesTurns(monitor_config(config), world, run_facts(config, layout, world)) as monitor:
-        outcome = train(assemble(config, layout, world, source, monitor))
-        monitor.finish(outcome.state, outcome.step, {})
-    world.leave()
+    pretrain.Monitor = TakesTurns  # type: ignore[misc]
+    pretrain.pretrain(*load_config(spec.overrides, 1))
 
 
 def bare(spec: Spec, turns: Turns) -> None:

@@ -34,7 +34,7 @@ class ParallelConfig:
     ep: int = 1
     """Expert parallel degree. This version runs 1."""
     auto: bool = False
-    """Let dp_shard follow whatever world size is found, also where the file names another one."""
+    """Fit data parallelism to whatever world size is found: dp_shard takes what is left, dp_replicate shrinks to divide."""
     activation_checkpointing: str = "none"
     """What is recomputed in the backward pass: none; selective (matrix products and attention outputs are kept, the
     rest recomputed); full (only each layer's input is kept)."""
@@ -48,8 +48,11 @@ class ParallelConfig:
 
     def layout(self, world_size: int) -> Layout:
         """The layout on ``world_size`` ranks. Raises UserError with every problem at once."""
-        dp_shard = -1 if self.auto else self.dp_shard
-        return Layout(self.dp_replicate, dp_shard, self.tp, self.pp, self.cp, self.ep, world_size)
+        if self.auto:
+            return Layout.auto(
+                world_size, dp_replicate=self.dp_replicate, tp=self.tp, pp=self.pp, cp=self.cp, ep=self.ep
+            )
+        return Layout(self.dp_replicate, self.dp_shard, self.tp, self.pp, self.cp, self.ep, world_size)
 
     def validate(self) -> list[str]:
         """Problems that need no world size."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
-from rung.layout import clean_name, local_view, logical_tensors
+from rung.layout import Box, clean_name, local_view, logical_tensors
 from rung.random import name_key, normals_box
 
 __all__ = ["initialize"]
+
+SLAB_ELEMENTS = 2**24
 
 
 @torch.no_grad()
@@ -32,6 +36,16 @@ def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
         assert rule.kind == "normal", f"no initialiser {rule.kind!r} for {name}"
         key = name_key(seed, f"init/{name}")
         for box, place, _owned in logical[name].pieces():
-            if box.numel:
-                values = torch.from_numpy(normals_box(key, logical[name].shape, box) * rule.std)
-                local[place].copy_(values.view(box.sizes))
+            for part in _slabs(box):
+                values = torch.from_numpy(normals_box(key, logical[name].shape, part) * rule.std)
+                local[place][part.within(box).slices()] = values.view(part.sizes).to(local.dtype)
+
+
+def _slabs(box: Box) -> Iterator[Box]:
+    """The box in slabs of rows, so that the float64 numbers of a large matrix never exist all at once."""
+    if not box.numel:
+        return
+    rows = max(1, SLAB_ELEMENTS * box.sizes[0] // box.numel)
+    for first in range(0, box.sizes[0], rows):
+        size = min(rows, box.sizes[0] - first)
+        yield Box((box.offsets[0] + first, *box.offsets[1:]), (size, *box.sizes[1:]))

@@ -34,6 +34,7 @@ def dropout_mask(
     words = philox_torch(quadruples_Q, positions_BT[:, :, None], sample_ids_B11, sample_ids_B11 >> 32, *key)
     threshold = int(p * 2**32)
     kept0, kept1, kept2, kept3 = ((word >= threshold).to(torch.int32) for word in words)
-    # Four bytes of an int32 are four bools. torch.stack says the same, but compiles to code five times as slow.
+    # Four bytes of an int32 are four flags. torch.stack says the same, but compiles to code five times as slow; a view
+    # as bool is what inductor of torch 2.11 cannot lower.
     four_kept_BTQ = kept0 | kept1 << 8 | kept2 << 16 | kept3 << 24
-    return four_kept_BTQ.view(torch.bool)[..., :features]
+    return four_kept_BTQ.view(torch.uint8)[..., :features] != 0

@@ -55,7 +55,7 @@ def attention(
     """
     q_BHTE, k_BKTE, v_BKTE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
     if q_BTHE.dtype == torch.float64 and torch.compiler.is_compiling():
-        # torch 2.11 tells inductor that this attention's log-sum-exp is float32 on the CPU, and the backward pass fails.
+        # torch 2.11 tells inductor that the CPU's log-sum-exp is float32 here too, and the backward pass fails.
         return _attention_by_definition(q_BHTE, k_BKTE, v_BKTE, mask, causal).transpose(1, 2)
     grouped = q_BTHE.shape[2] != k_BTKE.shape[2]
     out_BHTE = F.scaled_dot_product_attention(

@@ -60,12 +60,15 @@ class StepReader:
         self._ahead = (step + 1, self._thread.submit(self._load, step + 1)) if step < self._steps else None
         read_ids = np.concatenate([batch.sample_ids_B.numpy() for batch in batches])
         counts, stops = total_counts([self._objective.counts(b) for b in batches], sample_ids, read_ids, stop)
-        return StepBatch(sample_ids, [batch.to(self._device) for batch in batches], counts, stops)
+        on_device = [batch.to(self._device, non_blocking=True) for batch in batches]
+        return StepBatch(sample_ids, on_device, counts, stops)
 
     def _load(self, step: int) -> tuple[np.ndarray, list[Batch]]:
         sample_ids = self._source.sample_ids((step - 1) * self._size, self._size)
         mine = sample_ids[self._slice]
-        return sample_ids, [self._source.read(mine[i : i + self._micro]) for i in range(0, len(mine), self._micro)]
+        batches = [self._source.read(mine[i : i + self._micro]) for i in range(0, len(mine), self._micro)]
+        # From page-locked memory the copy to a GPU does not make the host wait.
+        return sample_ids, [batch.pin_memory() for batch in batches] if self._device.type == "cuda" else batches
 
 
 def total_counts(

@@ -34,7 +34,7 @@ class ParallelConfig:
     ep: int = 1
     """Expert parallel degree. This version runs 1."""
     auto: bool = False
-    """Fit data parallelism to whatever world size is found: dp_shard takes what is left, dp_replicate shrinks to divide."""
+    """Fit data parallelism to the world size that is found: dp_shard takes what is left, dp_replicate shrinks."""
     activation_checkpointing: str = "none"
     """What is recomputed in the backward pass: none; selective (matrix products and attention outputs are kept, the
     rest recomputed); full (only each layer's input is kept)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 from rung.errors import UserError
 
-__all__ = ["main", "run_and_exit"]
+__all__ = ["entry", "main", "run_and_exit"]
 
 VERBS = {
     "train": ("rung.cli.train", "train a model: rung train [key=value ...]"),
@@ -67,6 +68,11 @@ def _report(error: UserError) -> int:
     return 2
 
 
+def entry() -> NoReturn:
+    """The ``rung`` command."""
+    run_and_exit(sys.argv[1:])
+
+
 def run_and_exit(argv: Sequence[str]) -> NoReturn:
     """Run a verb as a whole process.
 
@@ -74,6 +80,10 @@ def run_and_exit(argv: Sequence[str]) -> NoReturn:
     exception"), after its work is done; so output is flushed and the process ends at once.
     """
     status = 1
+    if argv and argv[0] == "train":
+        # Until a run handles signals itself it has nothing to save: Ctrl-C ends it at once, also where it waits in C for
+        # ranks that will never come.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         status = main(argv)
     except SystemExit as stop:  # argparse

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +59,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _hand_to_workers(number: int) -> None:
-    """Signal all workers and wait for all of them: torchrun, left to itself, ends the rest when the first is gone."""
+    """Signal all workers and wait for all of them: torchrun, left to itself, ends the rest when the first is gone.
+
+    What has not ended when torchrun's own shutdown time is over is left to it, and it kills.
+    """
+    deadline = time.monotonic() + float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"))
     children = Path("/proc/self/task").glob("*/children")
     workers = [int(pid) for of_thread in children for pid in of_thread.read_text().split()]
     if not workers:
@@ -66,9 +71,15 @@ def _hand_to_workers(number: int) -> None:
     for pid in workers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    for pid in workers:
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # not reaped: torchrun reads the code
+    while any(_is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a child has not ended; one that has is not reaped, since torchrun reads its code."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+    return False
 
 
 def _exit_code(error: ChildFailedError) -> int:

@@ -61,10 +61,11 @@ class World:
         return self.rank == 0
 
     @classmethod
-    def join(cls, device: str = "auto", timeout_seconds: float = 1800.0) -> World:
+    def join(cls, device: str = "auto", timeout_seconds: float = 600.0) -> World:
         """Create the default process group: NCCL and gloo with CUDA, gloo on CPU; one process alone needs no network.
 
-        ``device`` is auto, cpu or cuda. ``timeout_seconds`` bounds every collective until ``set_timeout`` changes it.
+        ``device`` is auto, cpu or cuda. ``timeout_seconds`` bounds the wait for all ranks to come, and every collective
+        until ``set_timeout`` changes it.
         """
         place = _place()
         kind = choose_device(device)

@@ -29,7 +29,8 @@ __all__ = ["assemble", "pretrain", "spread_model"]
 def pretrain(config: Config, layout: Layout) -> int:
     """Train, evaluate, export; returns the exit status. Collective over the ranks that the launcher started."""
     set_numerics(config)
-    with World.join(config.device, config.train.first_timeout_seconds) as world:
+    with World.join(config.device) as world:
+        world.set_timeout(config.train.first_timeout_seconds)
         notes: list[str] = []
         locks: list[IO[Any]] = []  # the lock on run.dir is held until this function returns
         world.on_main(lambda: locks.append(claim(config, notes)))

@@ -12,7 +12,7 @@ PYTHON ?= python3
 EXPERIMENT ?= quickstart
 ARGS ?=
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -20,7 +20,7 @@ from typing import Any
 
 import contenders
 from measuring import RESULTS, Program, commit, interleave, machine, print_table, write
-from overhead import ratio, summary, versions
+from overhead import disturbed_rounds, ratio, summary, versions
 
 HERE = Path(__file__).resolve().parent
 
@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the first round")
+    parser.add_argument(
+        "--max-disturbance", type=float, default=0.2, help="share of the processors others may have in a counted round"
+    )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[n for n in CONTENDERS if n != "bare"])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of Rung")
     parser.add_argument("--minutes", type=float, default=7.0, help="no round begins later than this")
@@ -60,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tiny:
         args.device, args.model, args.seq, args.batch, args.micro_batch = "cpu", "tiny", 32, 4, 2
-        args.rounds, args.steps, args.warmup = 2, 1, 1
+        args.rounds, args.steps, args.warmup, args.max_disturbance = 2, 1, 1, 1.0
     elif not args.output:
         args.output = RESULTS / "gpu_mfu.json"
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +86,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from rung.observe import peak_flops
     from rung.recipes.config import load_config
 
-    total_steps = args.warmup + args.rounds * args.steps
+    attempts = 2 * args.rounds
+    total_steps = args.warmup + attempts * args.steps
     common = [
         f"model={args.model}",
         f"model.max_position_embeddings={args.seq}",
@@ -117,15 +121,17 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         # Six programs share the GPU's memory; without this, what one frees is not quite what the next can take.
         environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
         programs.append(Program(name, argv, environment, folder / f"{name}.log"))
-    turns = interleave(
+    contest = interleave(
         programs,
         rounds=args.rounds,
+        attempts=attempts,
         steps=args.steps,
         warmup_steps=args.warmup,
+        max_disturbance=args.max_disturbance,
         together=args.device == "cuda",
         deadline=begun + 60 * args.minutes,
     )
-    tokens = args.batch * args.seq * args.steps
+    turns, tokens = contest.turns, args.batch * args.seq * args.steps
     facts = machine()
     peak = peak_flops(facts.get("gpu", "CPU"), "bf16")
     per_token = {causal: train_flops_per_token(config.model, args.seq, causal) for causal in (True, False)}
@@ -151,7 +157,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "precision": "bf16",
             "optimizer": "adamw",
             "seed": args.seed,
-            "rounds": min(len(these) for these in turns.values()) if turns else 0,
+            "rounds": max(len(these) for these in turns.values()),
+            "max_disturbance": args.max_disturbance,
             "steps_per_turn": args.steps,
             "warmup_steps": args.warmup,
         },
@@ -160,6 +167,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "flops_per_token": per_token[True],
         "flops_per_token_full_square": per_token[False],
         "contenders": rows,
+        "disturbed_rounds": disturbed_rounds(contest, [pair for pair in RATIOS if set(pair) <= set(turns)]),
         "ratios": {
             f"{ours} / {theirs}": ratio(turns, ours, theirs)
             for ours, theirs in RATIOS

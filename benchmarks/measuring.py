@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -284,31 +284,44 @@ class Turn:
     disturbance: float
 
 
+@dataclass(frozen=True)
+class Contest:
+    """Turns by program; turn i of every program belongs to the same round, unless the program failed before it."""
+
+    turns: dict[str, list[Turn]]
+    disturbed: dict[str, list[Turn]]
+    """Of rounds that were not counted because other processes worked on the machine meanwhile."""
+
+
 def interleave(
     programs: Sequence[Program],
     *,
     rounds: int,
+    attempts: int,
     steps: int,
     warmup_steps: int,
+    max_disturbance: float,
     together: bool = False,
     timeout: float = 600.0,
     deadline: float = float("inf"),
-) -> dict[str, list[Turn]]:
+) -> Contest:
     """Start all programs and let them take turns of ``steps`` steps, after one of ``warmup_steps`` that is not counted.
 
-    One after another unless ``together``, which starts them at once. The order rotates from round to round; a round is
-    counted for all or for none. A program that fails keeps its ``error`` and takes no further part. No round begins
-    after ``deadline`` (of time.monotonic).
+    They start one after another, or at once if ``together``. The order rotates from round to round. A round in which
+    others had more than ``max_disturbance`` of the processors in any turn counts for no program (whatever the turns
+    showed), until ``rounds`` are counted or ``attempts`` were made; where none could be counted, all are. A program
+    that fails keeps its ``error`` and takes no further part. No round begins after ``deadline`` (of time.monotonic).
     """
-    turns: dict[str, list[Turn]] = {program.name: [] for program in programs}
+    counted: dict[str, list[Turn]] = {program.name: [] for program in programs}
+    disturbed: dict[str, list[Turn]] = {program.name: [] for program in programs}
     alive: list[Program] = []
     started: list[Program] = []
     try:
         for group in [programs] if together else [[program] for program in programs]:
+            begun = time.monotonic()
             for program in group:
                 program.start()
                 started.append(program)
-            begun = time.monotonic()
             for program in group:
                 if _attempt(program, lambda program=program: program.reply(timeout)) is not None:
                     program.start_seconds = time.monotonic() - begun
@@ -316,10 +329,12 @@ def interleave(
         for program in list(alive):
             if _attempt(program, lambda program=program: program.run(warmup_steps, timeout)) is None:
                 alive.remove(program)
-        for turn in range(rounds):
-            if time.monotonic() > deadline:
+        done = 0
+        for attempt in range(attempts):
+            if done == rounds or time.monotonic() > deadline:
                 break
-            first = turn % max(1, len(alive))
+            this: dict[str, Turn] = {}
+            first = attempt % max(1, len(alive))
             for program in alive[first:] + alive[:first]:
                 time.sleep(0.05)  # threads of the one before stop spinning
                 before = Ticks.now([p.process.pid for p in started])
@@ -328,25 +343,23 @@ def interleave(
                     alive.remove(program)
                     continue
                 after = Ticks.now([p.process.pid for p in started])
-                reply["disturbance"] = after.disturbance_since(before)
-                turns[program.name].append(Turn(**reply))
-            print(_progress(turn, rounds, turns), file=sys.stderr, flush=True)
+                this[program.name] = Turn(**reply, disturbance=after.disturbance_since(before))
+            quiet = all(turn.disturbance <= max_disturbance for turn in this.values())
+            for name, turn in this.items():
+                (counted if quiet else disturbed)[name].append(turn)
+            done += quiet
+            seconds = ", ".join(f"{name} {turn.seconds:.2f} s" for name, turn in this.items())
+            print(f"round {done} of {rounds}{'' if quiet else ', disturbed'}: {seconds}", file=sys.stderr, flush=True)
     finally:
         for program in started:
             program.stop()
-    return turns
+    return Contest(counted, disturbed) if any(counted.values()) else Contest(disturbed, counted)
 
 
-def _attempt(program: Program, action: Any) -> dict[str, Any] | None:
+def _attempt(program: Program, action: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     try:
-        answer: dict[str, Any] = action()
-        return answer
+        return action()
     except Failed as error:
         program.error = str(error)
         print(f"{program.name}: {error}", file=sys.stderr, flush=True)
         return None
-
-
-def _progress(turn: int, rounds: int, turns: Mapping[str, Sequence[Turn]]) -> str:
-    done = ", ".join(f"{name} {these[-1].seconds:.2f} s" for name, these in turns.items() if these)
-    return f"round {turn + 1} of {rounds}: {done}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import contenders
-from measuring import RESULTS, Program, Turn, commit, interleave, machine, print_table, spread, write
+from measuring import RESULTS, Contest, Program, Turn, commit, interleave, machine, print_table, spread, write
 
 HERE = Path(__file__).resolve().parent
 
@@ -26,9 +26,12 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each process")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the first round")
+    parser.add_argument(
+        "--max-disturbance", type=float, default=0.1, help="share of the processors others may have in a counted round"
+    )
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--model", default="llama_60m")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
@@ -39,6 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tiny:
         args.model, args.batch, args.seq, args.rounds, args.steps, args.warmup = "tiny", 2, 32, 2, 2, 1
+        args.max_disturbance = 1.0
     elif not args.output:
         args.output = RESULTS / f"overhead_{args.threads}_threads_{args.precision}.json"
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +65,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from rung.models import num_parameters
     from rung.recipes.config import load_config
 
-    total_steps = args.warmup + args.rounds * args.steps
+    attempts = 2 * args.rounds
+    total_steps = args.warmup + attempts * args.steps
     extra = [
         f"model={args.model}",
         f"data.seq_len={args.seq}",
@@ -91,7 +96,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
         argv = [sys.executable, str(HERE / "contenders.py"), spec.save(folder / f"{kind}.json")]
         programs.append(Program(kind, argv, {"OMP_NUM_THREADS": str(args.threads)}, folder / f"{kind}.log"))
-    turns = interleave(programs, rounds=args.rounds, steps=args.steps, warmup_steps=args.warmup)
+    contest = interleave(
+        programs,
+        rounds=args.rounds,
+        attempts=attempts,
+        steps=args.steps,
+        warmup_steps=args.warmup,
+        max_disturbance=args.max_disturbance,
+    )
+    turns = contest.turns
     tokens = args.batch * args.seq * args.steps
     others = [name for name, these in turns.items() if name != "rung" and these and turns["rung"]]
     return {
@@ -107,7 +120,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "precision": args.precision,
             "optimizer": "adamw",
             "seed": args.seed,
-            "rounds": args.rounds,
+            "rounds": len(turns["rung"]),
+            "max_disturbance": args.max_disturbance,
             "steps_per_turn": args.steps,
             "warmup_steps": args.warmup,
         },
@@ -117,9 +131,19 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "ratios_by_processor_time": {
             f"rung / {name}": ratio(turns, "rung", name, "processor_seconds") for name in others
         },
+        "disturbed_rounds": disturbed_rounds(contest, [("rung", name) for name in others]),
         "relative_loss_difference": loss_difference(turns),
         "disturbance": spread([turn.disturbance for these in turns.values() for turn in these] or [0.0]),
     }
+
+
+def disturbed_rounds(contest: Contest, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """How many rounds did not count, and what they would have said."""
+    left_out: dict[str, Any] = {"number": max(len(these) for these in contest.disturbed.values())}
+    for ours, theirs in pairs:
+        if contest.disturbed[ours] and contest.disturbed[theirs]:
+            left_out[f"{ours} / {theirs}"] = ratio(contest.disturbed, ours, theirs)["values"]
+    return left_out
 
 
 def loss_difference(turns: Mapping[str, Sequence[Turn]]) -> float:

@@ -55,7 +55,7 @@ def overhead(result: Mapping[str, Any] | None) -> str:
     text = (
         f"{settings['rounds']} rounds of {settings['steps_per_turn']} steps each, {settings['model']} "
         f"({settings['parameters']:,} parameters), {settings['sequences']} × {settings['seq_len']} tokens a step, "
-        f"{settings['precision']}. Largest relative difference between their losses: "
+        f"{settings['precision']}. {_left_out(result)}Largest relative difference between their losses: "
         f"{result['relative_loss_difference']:.1e}. {_disturbance(result)}"
     )
     return _table(header, rows) + f"\n\n{text} {_machine(result)}"
@@ -133,6 +133,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _span(values: Mapping[str, float], form: str) -> str:
     """Median and extremes."""
     return f"{values['median']:{form}} ({values['min']:{form}} to {values['max']:{form}})"
+
+
+def _left_out(result: Mapping[str, Any]) -> str:
+    number, limit = result["disturbed_rounds"]["number"], result["settings"]["max_disturbance"]
+    if not number:
+        return ""
+    rounds = "1 further round" if number == 1 else f"{number} further rounds"
+    return f"Not counted: {rounds} in which other processes had more than {limit:.0%} of the processors. "
 
 
 def _disturbance(result: Mapping[str, Any]) -> str:

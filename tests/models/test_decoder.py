@@ -146,7 +146,8 @@ class TestDropout:
         expected = self.run(model)
         for block in model.blocks():
             block.compile(backend=counter, fullgraph=True)
-        assert torch.equal(self.run(model), expected)
+        # The draws are the same; float64 attention is another sum under compile, so not the same bits.
+        torch.testing.assert_close(self.run(model), expected, rtol=1e-13, atol=1e-13)
         assert counter.frame_count == 1
 
 

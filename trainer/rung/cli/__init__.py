@@ -81,8 +81,8 @@ def run_and_exit(argv: Sequence[str]) -> NoReturn:
     """
     status = 1
     if argv and argv[0] == "train":
-        # Until a run handles signals itself it has nothing to save: Ctrl-C ends it at once, also where it waits in C for
-        # ranks that will never come.
+        # Until a run handles signals itself it has nothing to save: Ctrl-C ends it at once, also while it waits, in C,
+        # for ranks that will never come.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         status = main(argv)

@@ -33,10 +33,12 @@ CONTENDERS = {
     "huggingface_compile": ("huggingface", True),
     "huggingface": ("huggingface", False),
 }
+DEFAULT = ("rung_compile", "rung", "bare_compile", "huggingface")
 RATIOS = (
     ("rung_compile", "bare_compile"),
-    ("rung", "bare"),
     ("rung_compile", "huggingface_compile"),
+    ("rung_compile", "huggingface"),
+    ("rung", "bare"),
     ("rung", "huggingface"),
 )
 
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--max-disturbance", type=float, default=0.2, help="share of the processors others may have in a counted round"
     )
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[n for n in CONTENDERS if n != "bare"])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of Rung")
     parser.add_argument("--minutes", type=float, default=7.0, help="no round begins later than this")
     parser.add_argument("--seed", type=int, default=0)
@@ -118,7 +120,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             compile=compiled,
         )
         argv = [sys.executable, str(HERE / "contenders.py"), spec.save(folder / f"{name}.json")]
-        # Six programs share the GPU's memory; without this, what one frees is not quite what the next can take.
+        # Several programs share the GPU's memory; without this, what one frees is not quite what the next can take.
         environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
         programs.append(Program(name, argv, environment, folder / f"{name}.log"))
     contest = interleave(

@@ -310,7 +310,8 @@ def interleave(
     They start one after another, or at once if ``together``. The order rotates from round to round. A round in which
     others had more than ``max_disturbance`` of the processors in any turn counts for no program (whatever the turns
     showed), until ``rounds`` are counted or ``attempts`` were made; where none could be counted, all are. A program
-    that fails keeps its ``error`` and takes no further part. No round begins after ``deadline`` (of time.monotonic).
+    that fails keeps its ``error`` and takes no further part. No round but the first begins after
+    ``deadline`` (of time.monotonic).
     """
     counted: dict[str, list[Turn]] = {program.name: [] for program in programs}
     disturbed: dict[str, list[Turn]] = {program.name: [] for program in programs}
@@ -331,7 +332,7 @@ def interleave(
                 alive.remove(program)
         done = 0
         for attempt in range(attempts):
-            if done == rounds or time.monotonic() > deadline:
+            if done == rounds or (attempt > 0 and time.monotonic() > deadline):
                 break
             this: dict[str, Turn] = {}
             first = attempt % max(1, len(alive))

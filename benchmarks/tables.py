@@ -72,8 +72,8 @@ def startup(result: Mapping[str, Any] | None) -> str:
         for beyond in [result["seconds_beyond_torch"].get(stage)]
     ]
     worst = ", ".join(f"`{name}` {cost:.2f} s" for name, cost in list(result["worst_imports"].items())[:5])
-    text = f"{result['settings']['rounds']} rounds. The dearest imports: {worst}. {_disturbance(result)}"
-    return _table(header, rows) + f"\n\n{text} {_machine(result)}"
+    text = f"{result['settings']['rounds']} rounds. {_left_out(result)}The dearest imports: {worst}."
+    return _table(header, rows) + f"\n\n{text} {_disturbance(result)} {_machine(result)}"
 
 
 def cross_entropy(result: Mapping[str, Any] | None) -> str:
@@ -102,7 +102,7 @@ def mfu(result: Mapping[str, Any] | None) -> str:
     """Speeds of gpu_mfu.py."""
     header = ("", "tokens/s", "MFU", "MFU, full square", "peak GiB")
     if result is None:
-        return _table(header, [(name, NEVER_RUN, "", "", "") for name in ("Rung, compiled", "Rung", *OTHERS)])
+        return _table(header, [(name, NEVER_RUN, "", "", "") for name in CONTENDERS])
     rows = []
     for name, row in result["contenders"].items():
         label = LABELS[name.removesuffix("_compile")] + (", compiled" if name.endswith("_compile") else "")
@@ -115,8 +115,8 @@ def mfu(result: Mapping[str, Any] | None) -> str:
     return _table(header, rows) + f"\n\n{ratios}. {_machine(result)}"
 
 
-OTHERS = ("bare loop, compiled", "Trainer, compiled", "Trainer")
 LABELS = {"rung": "Rung", "bare": "`bare_llama.py`", "huggingface": "Hugging Face Trainer"}
+CONTENDERS = ("Rung, compiled", "Rung", f"{LABELS['bare']}, compiled", LABELS["huggingface"])
 TABLES: dict[str, Callable[[Mapping[str, Any] | None], str]] = {
     "overhead": overhead,
     "startup": startup,

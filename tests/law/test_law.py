@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 from law.covering import Case, covering_array, uncovered_pairs
-from law.harness import FACTORS, LawBrokenError, Record, compare, legal, one_process, run_case, world_size
+from law.harness import (
+    FACTORS,
+    LawBrokenError,
+    Record,
+    compare,
+    compare_start,
+    compare_steps,
+    global_batch_size,
+    legal,
+    one_process,
+    run_case,
+    world_size,
+)
 from law.mutants import CASES, MUTANTS
 from law.workers import Workers
 
@@ -46,10 +58,8 @@ _truths: dict[str, Record] = {}
 
 def truth(case: Case, corpus: Path) -> Record:
     """What one plain process computes; the layout and what trades memory for work are no part of it."""
-    from law.harness import global_batch_size
-
     same = ("dropout", "packed", "tied", "kv_heads", "qk_norm", "window", "optim", "clip")
-    key = repr([case[name] for name in same] + [global_batch_size(case)])
+    key = repr([case[name] for name in same] + [global_batch_size(case), case.get("precision")])
     if key not in _truths:
         _truths[key] = one_process(case, str(corpus))
     return _truths[key]
@@ -87,6 +97,23 @@ def test_every_mutant_is_caught(name: str, corpus: Path, workers: Workers) -> No
             "other samples than the data order prescribes" in str(caught.value)
             or "checkpoint" in str(caught.value).lower()
         )
+
+
+@pytest.mark.parametrize("choices", [{"dp_shard": 4}, {"dp_replicate": 2, "dropout": 0.25, "packed": True}])
+def test_float32_keeps_the_first_step_to_1e_5(choices: Case, corpus: Path, workers: Workers) -> None:
+    case = {**PLAIN, "micro_batch_size": 1, "accumulation": 2, "precision": "float32", **choices}
+    record = workers.run(world_size(case), run_case, case, str(corpus))[0]
+    compare_start(record, truth(case, corpus))
+    compare_steps(record, truth(case, corpus), 1e-5, 1)
+
+
+@pytest.mark.parametrize("choices", [{"dp_shard": 1}, {"dp_shard": 4}, {"dp_replicate": 2}])
+def test_bf16_keeps_start_and_samples(choices: Case, corpus: Path, workers: Workers) -> None:
+    case = {**PLAIN, "micro_batch_size": 1, "accumulation": 2, "precision": "bf16", **choices}
+    record = workers.run(world_size(case), run_case, case, str(corpus))[0]
+    compare_start(record, truth(case, corpus))
+    # No promise on gradients; but they are gradients of the same loss.
+    compare_steps(record, truth(case, corpus), 0.1, 1)
 
 
 @pytest.mark.slow

@@ -76,7 +76,8 @@ class EvalConfig:
     interval: int = 0
     """Steps between evaluations; 0 evaluates only at the end."""
     batches: int = 0
-    """Global batches of held-out sequences per evaluation; 0 takes the whole split, its short last window included."""
+    """Global batches of held-out sequences per evaluation, evenly spread over the split; 0 takes the whole split, its
+    short last window included."""
     final_batches: int = 0
     """The same for the evaluation after the last step."""
 

@@ -32,7 +32,8 @@ def evaluate(
     max_windows: float,
     device: torch.device,
 ) -> dict[str, float]:
-    """``eval_loss`` (mean nats per label) and ``bits_per_byte`` over the first ``max_windows`` held-out windows.
+    """``eval_loss`` (mean nats per label) and ``bits_per_byte`` over the held-out windows, or ``max_windows`` of
+    them, evenly spread over the split: its beginning alone may be easier or harder than the rest.
 
     Windows are dealt to data ranks in turn. Every rank makes the same number of forward passes, since FSDP gathers in
     step; where windows run out a rank repeats one with its labels ignored. bits_per_byte is None when labels stand for
@@ -49,7 +50,7 @@ def evaluate(
     for turn in range(rounds):
         first = turn * layout.data_size * micro_batch_size + layout.data_rank(rank)
         mine = [first + layout.data_size * i for i in range(micro_batch_size)]
-        batch = source.read_eval([w if w < windows else 0 for w in mine])
+        batch = source.read_eval([min(w, windows - 1) * source.num_eval_windows // windows for w in mine])
         batch.labels_BT[[w >= windows for w in mine]] = -100
         labels = batch.labels_BT[batch.labels_BT != -100]
         totals["count"] += len(labels)

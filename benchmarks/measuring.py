@@ -142,6 +142,17 @@ class Ticks:
         return max(0.0, others / total) if total else 0.0
 
 
+def wait_for_quiet(max_disturbance: float, patience_seconds: float, pids: Sequence[int] = ()) -> float:
+    """Wait, so long at most, until others leave the processors alone for three seconds; returns the seconds it took."""
+    begun = time.monotonic()
+    while (waited := time.monotonic() - begun) < patience_seconds:
+        before = Ticks.now(pids)
+        time.sleep(3)
+        if Ticks.now(pids).disturbance_since(before) <= max_disturbance:
+            break
+    return waited
+
+
 def _process_ticks(pid: int) -> int:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -302,6 +313,7 @@ def interleave(
     warmup_steps: int,
     max_disturbance: float,
     together: bool = False,
+    patience_seconds: float = 0.0,
     timeout: float = 600.0,
     deadline: float = float("inf"),
 ) -> Contest:
@@ -309,9 +321,9 @@ def interleave(
 
     They start one after another, or at once if ``together``. The order rotates from round to round. A round in which
     others had more than ``max_disturbance`` of the processors in any turn counts for no program (whatever the turns
-    showed), until ``rounds`` are counted or ``attempts`` were made; where none could be counted, all are. A program
-    that fails keeps its ``error`` and takes no further part. No round but the first begins after
-    ``deadline`` (of time.monotonic).
+    showed), until ``rounds`` are counted or ``attempts`` were made; where none could be counted, all are. Rounds wait
+    until others are quiet, ``patience_seconds`` in all; none but the first begins after ``deadline`` (of
+    time.monotonic). A program that fails keeps its ``error`` and takes no further part.
     """
     counted: dict[str, list[Turn]] = {program.name: [] for program in programs}
     disturbed: dict[str, list[Turn]] = {program.name: [] for program in programs}
@@ -334,6 +346,7 @@ def interleave(
         for attempt in range(attempts):
             if done == rounds or (attempt > 0 and time.monotonic() > deadline):
                 break
+            patience_seconds -= wait_for_quiet(max_disturbance, patience_seconds, [p.process.pid for p in started])
             this: dict[str, Turn] = {}
             first = attempt % max(1, len(alive))
             for program in alive[first:] + alive[:first]:

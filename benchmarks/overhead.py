@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--max-disturbance", type=float, default=0.1, help="share of the processors others may have in a counted round"
     )
+    parser.add_argument("--patience", type=float, default=20, help="minutes to wait in all for others to be quiet")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--model", default="llama_60m")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
@@ -42,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tiny:
         args.model, args.batch, args.seq, args.rounds, args.steps, args.warmup = "tiny", 2, 32, 2, 2, 1
-        args.max_disturbance = 1.0
+        args.max_disturbance, args.patience = 1.0, 0
     elif not args.output:
         args.output = RESULTS / f"overhead_{args.threads}_threads_{args.precision}.json"
     with tempfile.TemporaryDirectory() as folder:
@@ -103,6 +104,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         steps=args.steps,
         warmup_steps=args.warmup,
         max_disturbance=args.max_disturbance,
+        patience_seconds=60 * args.patience,
     )
     turns = contest.turns
     tokens = args.batch * args.seq * args.steps

@@ -17,7 +17,8 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
-NPROC ?= $(if $(filter-out 0,$(NUM_GPUS)),$(NUM_GPUS),2)
+# A power of two, up to eight GPUs: it divides the quickstart's batch.
+NPROC ?= $(if $(filter-out 0,$(NUM_GPUS)),$(shell for n in 8 4 2 1; do [ $(NUM_GPUS) -ge $$n ] && echo $$n && break; done),2)
 # One exact version where there is no GPU: a torch without CUDA that pip finds stays, and nothing later replaces it.
 TORCH ?= $(if $(filter-out 0,$(NUM_GPUS)),torch>=2.11$(comma)<2.14,torch==2.13.0)
 comma := ,

@@ -83,7 +83,9 @@ def _write_shards(
     def flush() -> None:
         # How many shards there will be is not known yet, so names are made final at the end.
         nonlocal shard_bytes
-        save_file(shard, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
+        path = folder / f"{len(shards)}.partial"
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~_umask())  # safetensors makes a private file
         shards.append(list(shard))
         shard.clear()
         shard_bytes = 0

@@ -54,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `rung runs | head`
-        sys.stderr.close()
+    except BrokenPipeError:
+        if arguments[0] in ("train", "launch"):
+            raise
+        # `rung runs | head`: nothing more is wanted. Python would complain of the pipe once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 

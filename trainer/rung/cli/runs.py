@@ -16,7 +16,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     from rich.console import Console
 
+    from rung.errors import UserError
     from rung.observe import list_runs, runs_table
 
-    Console().print(runs_table(list_runs(arguments.folder)))
+    if not arguments.folder.is_dir():
+        raise UserError(f"{arguments.folder} is not a folder; give the one that holds your runs")
+    Console().print(runs_table(list_runs(arguments.folder), root=arguments.folder))
     return 0

@@ -50,7 +50,8 @@ def main(arguments: Sequence[str]) -> int:
         run(["--signals-to-handle=SIGQUIT", *arguments])
     except ChildFailedError as error:
         code = _exit_code(error)
-        if code not in (USER_ERROR, STOPPED_AFTER_SAVING) and not signals:
+        stopped = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        if code not in (USER_ERROR, STOPPED_AFTER_SAVING, *stopped) and not signals:
             print(error, file=sys.stderr)
         return code
     except SignalException as error:

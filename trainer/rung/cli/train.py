@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
     overrides = [a for a in argv if not a.startswith("-")]
     flags = [a for a in argv if a.startswith("-")]
     if set(flags) & {"-h", "--help"}:
-        print("\n".join(_settings(overrides)) if overrides else HELP + _groups())
+        prefixes = [override.partition("=")[0] for override in overrides]
+        print("\n".join(_settings(prefixes)) if prefixes else HELP + _groups())
         return 0
     if unknown := set(flags) - {"--cfg"}:
         raise UserError(
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 def _settings(prefixes: Sequence[str]) -> list[str]:
     import textwrap
 
-    from rung.config import settings
+    from rung.config import literal, settings
     from rung.recipes.config import NODES, Config
 
     rows = {row.key: row for row in settings(Config)}
@@ -56,7 +57,7 @@ def _settings(prefixes: Sequence[str]) -> list[str]:
         raise UserError(f"no setting begins with {' or '.join(prefixes)}; `rung train --help` lists the groups")
     lines = []
     for row in found:
-        lines.append(f"{row.key} ({row.type}, default {row.default!r})")
+        lines.append(f"{row.key} ({row.type}, default {literal(row.default)})")
         lines += textwrap.wrap(row.doc, 100, initial_indent="    ", subsequent_indent="    ")
     return lines
 

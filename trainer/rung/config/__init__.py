@@ -1,7 +1,7 @@
 """Typed settings: composed once by Hydra, checked against dataclasses, plain dataclasses from then on."""
 
 from rung.config.compose import Node, compose
-from rung.config.reference import Setting, field_docs, markdown, settings
+from rung.config.reference import Setting, field_docs, literal, markdown, settings
 from rung.config.tree import differences, flatten, to_yaml
 from rung.config.validate import choice_problem, positive_problems
 
@@ -13,6 +13,7 @@ __all__ = [
     "differences",
     "field_docs",
     "flatten",
+    "literal",
     "markdown",
     "positive_problems",
     "settings",

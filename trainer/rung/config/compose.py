@@ -119,7 +119,7 @@ def _readable(error: Exception) -> str:
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    telling = next((e for e in causes if re.search(r"Value .* could not be converted|Invalid value", str(e))), error)
+    telling = next((e for e in causes if "full_key:" in str(e)), error)
     key = next((m.group(1) for e in causes for m in [re.search(r"full_key: (\S+)", str(e))] if m), None)
     text = " ".join(_lines(telling))
     text = re.sub(r"\s*(full_key|object_type|reference_type): ?\S*", "", text).strip()
@@ -130,4 +130,5 @@ def _lines(error: BaseException) -> list[str]:
     """The sentences of a message that help: Hydra's advice about search paths and stack traces is dropped."""
     text = re.sub(r"\nConfig search path:.*", "", str(error), flags=re.S)
     text = re.sub(r"\nSet the environment variable HYDRA_FULL_ERROR=1.*", "", text, flags=re.S)
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.endswith("_schema")]  # schemas are no options of a user's

@@ -414,11 +414,11 @@ def _check_splits(num_documents: Counter[str], fraction: float) -> None:
         raise UserError("the inputs hold no text: the corpus would be empty")
     if num_documents["train"] == 0:
         raise UserError(
-            f"valid_fraction={fraction} holds out all {total} documents; lower it, to 0 to hold out nothing"
+            f"--valid-fraction={fraction} holds out all {total} documents; lower it, to 0 to hold out nothing"
         )
     if fraction > 0 and num_documents["valid"] == 0:
         raise UserError(
-            f"valid_fraction={fraction} holds out none of {total} documents; raise it to about"
+            f"--valid-fraction={fraction} holds out none of {total} documents; raise it to about"
             f" {min(0.5, 3 / total):.2g}, try another seed, or 0 to hold out nothing"
         )
 

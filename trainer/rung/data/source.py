@@ -46,7 +46,7 @@ class DataConfig:
     vocab_size: int = 4096
     """python_stdlib: tokens of the vocabulary that is trained on it. Other corpora bring their own."""
     tokenizer: str | None = None
-    """tokenizer.json that belongs to bare Megatron prefixes: evaluation then knows bits per byte. Corpora made by
+    """tokenizer.json that belongs to bare Megatron prefixes, for the exported weights and samples. Corpora made by
     `rung data build` bring theirs."""
 
     def validate(self) -> list[str]:
@@ -149,6 +149,16 @@ class DataSource:
         ids = np.asarray(sample_ids, dtype=np.int64)
         sources = [self.corpora[corpus].train for corpus in (ids >> WINDOW_BITS).tolist()]
         return read_windows(sources, ids, self.config.seq_len, self.config.document_mask)
+
+    @property
+    def gzip_bits_per_byte(self) -> float | None:
+        """What gzip -9 needs per byte of the held-out documents, each alone; None where a corpus does not say."""
+        infos = [corpus.info for corpus in self.corpora if corpus.valid is not None]
+        splits = [info.splits["valid"] for info in infos if info is not None]
+        sizes = [split.gzip9_bytes for split in splits if split.gzip9_bytes is not None]
+        if not sizes or len(sizes) < len(infos):
+            return None
+        return 8 * sum(sizes) / sum(split.bytes for split in splits)
 
     @property
     def num_eval_windows(self) -> int:

@@ -21,7 +21,8 @@ class RunConfig:
     seed: int = 0
     """Seed of the start, the order of samples and every draw."""
     resume: str = "auto"
-    """auto continues from the newest committed checkpoint in run.dir, never starts over."""
+    """auto: continue from the newest checkpoint in run.dir; never: start over. This version saves no checkpoints, so
+    both start over."""
     allow_changes: list[str] = field(default_factory=list)
     """Keys that may differ from the run that run.dir already holds, as [data.seq_len, model.*]."""
 
@@ -42,7 +43,7 @@ class TrainConfig:
     global_batch_size: int = 16
     """Sequences per step over all ranks."""
     micro_batch_size: int = 8
-    """Sequences per forward pass on each data rank."""
+    """Sequences per forward pass on each data rank; 0 takes a rank's whole share of the global batch."""
     clip_grad_norm: float = 1.0
     """Gradients are scaled down to this Euclidean norm; 0 turns clipping off."""
     deterministic: bool = False
@@ -59,11 +60,12 @@ class TrainConfig:
         problems = positive_problems(
             train__steps=self.steps,
             train__global_batch_size=self.global_batch_size,
-            train__micro_batch_size=self.micro_batch_size,
             train__max_skipped_steps=self.max_skipped_steps,
             train__first_timeout_seconds=self.first_timeout_seconds,
             train__timeout_seconds=self.timeout_seconds,
         )
+        if self.micro_batch_size < 0:
+            problems.append(f"train.micro_batch_size={self.micro_batch_size} must be 0 (a rank's whole share) or more")
         if self.clip_grad_norm < 0:
             problems.append(f"train.clip_grad_norm={self.clip_grad_norm} must be 0 (off) or more")
         return problems

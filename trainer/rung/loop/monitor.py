@@ -61,6 +61,8 @@ class RunFacts:
     peak_flops: float | None
     memory: MemorySettings
     max_skipped_steps: int
+    gzip_bits_per_byte: float | None
+    """What gzip -9 needs for the held-out text: stands beside every evaluation."""
     title: str
     lines: Mapping[str, str]
     settings: Mapping[str, object]
@@ -160,7 +162,9 @@ class Monitor:
         self._write()
         if results and self._world.is_main:
             loss, bits = results["eval_loss"], results.get("bits_per_byte")
-            self._metrics.log_evaluation(step, loss, bits)
+            gzip_bits = self._facts.gzip_bits_per_byte
+            extra = {} if gzip_bits is None else {"gzip_bits_per_byte": gzip_bits}
+            self._metrics.log_evaluation(step, loss, bits, **extra)
             self._progress.evaluation(step, loss, bits)
         self.clock.lap()
 

@@ -212,7 +212,9 @@ class Progress:
         if not self._is_main:
             return
         if self._console is not None:
-            self._console.print(text, style=style, markup=False, soft_wrap=True)
+            from rich.text import Text
+
+            self._console.print(Text(text, style=style), soft_wrap=True)
         else:
             print(text, file=self._stream, flush=True)
 

@@ -90,7 +90,10 @@ def load_config(overrides: Sequence[str], world_size: int) -> tuple[Config, Layo
 
 
 def validate(config: Config, world_size: int) -> Layout:
-    """The layout of a valid configuration; UserError with every problem of every component otherwise."""
+    """The layout of a valid configuration; UserError with every problem of every component otherwise.
+
+    A micro-batch size of 0 becomes what it stands for.
+    """
     problems: list[str] = []
     for component in (config.run, config.train, config.data, config.model, config.optim):
         problems += component.validate()
@@ -109,6 +112,8 @@ def validate(config: Config, world_size: int) -> Layout:
     layout: Layout | None = None
     try:
         layout = config.parallel.layout(world_size)
+        if config.train.micro_batch_size == 0:
+            config.train.micro_batch_size = max(1, config.train.global_batch_size // layout.data_size)
         problems += layout.check_batch(config.train.global_batch_size, config.train.micro_batch_size)
     except UserError as error:
         problems.append(str(error))

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rung.checkpoint import export_huggingface, gathered_tensors
-from rung.data import DataSource
 from rung.loop import Outcome, Training
 from rung.recipes.config import Config
 
@@ -18,7 +17,7 @@ __all__ = ["finish"]
 def finish(config: Config, run: Training, outcome: Outcome) -> dict[str, str]:
     """Export, plot, sample; returns lines for the summary on rank 0. Collective."""
     facts: dict[str, str] = {}
-    gzip_bits = gzip_bits_per_byte(run.source)
+    gzip_bits = run.source.gzip_bits_per_byte
     bits = outcome.evaluation.get("bits_per_byte")
     if bits is not None and gzip_bits is not None:
         facts["held-out text"] = f"{bits:.4f} bits per byte; gzip -9 of the same files: {gzip_bits:.4f}"
@@ -28,12 +27,13 @@ def finish(config: Config, run: Training, outcome: Outcome) -> dict[str, str]:
         facts["weights"] = f"{folder / 'export'} (Hugging Face format)"
     if run.world.is_main:
         facts["metrics"] = str(folder / "metrics.jsonl")
+        facts["look closer"] = f"rung eval {folder}; rung sample {folder} --prompt TEXT"
         if picture := attempt(lambda: plot_run(folder, gzip_bits)):
             facts["picture"] = str(picture)
         if config.export.huggingface and run.source.tokenizer_path is not None:
             for prompt in config.export.sample_prompts:
                 text = attempt(functools.partial(sample_text, folder / "export", prompt, config))
-                facts[f"sample after {prompt!r}"] = "\n" + prompt + (text or "")
+                facts["sample"] = f"{facts.get('sample', '')}\n{prompt}{text}"
     run.world.barrier()
     return facts
 
@@ -62,14 +62,6 @@ def export(config: Config, run: Training, directory: Path) -> None:
     finally:
         for _ in tensors:  # every rank takes part in every gather, also when rank 0 failed to write
             pass
-
-
-def gzip_bits_per_byte(source: DataSource) -> float | None:
-    """What gzip -9 needs per byte of the held-out files, each compressed alone; None where a corpus does not say."""
-    splits = [corpus.info.splits["valid"] for corpus in source.corpora if corpus.info and "valid" in corpus.info.splits]
-    if len(splits) < len(source.eval_sources) or not splits or any(split.gzip9_bytes is None for split in splits):
-        return None
-    return 8 * sum(split.gzip9_bytes or 0 for split in splits) / sum(split.bytes for split in splits)
 
 
 def plot_run(folder: Path, gzip_bits: float | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,6 +49,8 @@ def claim(config: Config, notes: list[str]) -> IO[Any]:
                 + "\nchoose another run.dir, or name these keys in run.allow_changes"
             )
         notes += [f"changed since this run began: {line}" for line in harmless]
+        notes.append("this folder held a run; without checkpoints it starts over, and its metrics are replaced")
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     partial = resolved.with_suffix(".yaml.partial")
     partial.write_text(to_yaml(config))
     os.replace(partial, resolved)

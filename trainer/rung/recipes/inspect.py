@@ -123,6 +123,11 @@ def evaluate_files(
         raise UserError(
             f"{source.path}: file by file needs one corpus with a held-out split, as `rung data build` makes it"
         )
+    theirs = weights_folder(model) / "tokenizer.json"
+    if theirs.is_file() and source.tokenizer_path and theirs.read_bytes() != source.tokenizer_path.read_bytes():
+        raise UserError(
+            f"{source.path} was tokenized with another tokenizer than {theirs}; build it again with this one"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _, decoder = load_huggingface(weights_folder(model), device=device)
     decoder.eval()

@@ -38,7 +38,9 @@ def pretrain(config: Config, layout: Layout) -> int:
         source = open_data(config.data, config.run.seed)
         agree_on_data(world, source)
         check_vocab(source, config.model.vocab_size)
-        with Monitor(monitor_config(config), world, run_facts(config, layout, world)) as monitor:
+        with Monitor(monitor_config(config), world, run_facts(config, layout, world, source)) as monitor:
+            if source.num_eval_windows == 0:
+                monitor.message("nothing is held out of this corpus: there will be no evaluation")
             for note in notes:
                 monitor.message(note)
             run = assemble(config, layout, world, source, monitor)
@@ -103,7 +105,7 @@ def monitor_config(config: Config) -> MonitorConfig:
     return MonitorConfig(config.logging, config.profile, config.memory, config.heartbeat, config.garbage)
 
 
-def run_facts(config: Config, layout: Layout, world: World) -> RunFacts:
+def run_facts(config: Config, layout: Layout, world: World, source: DataSource) -> RunFacts:
     """What the header of a run says and what its speed is measured by."""
     train, parallel = config.train, config.parallel
     tokens = train.global_batch_size * config.data.seq_len
@@ -127,6 +129,7 @@ def run_facts(config: Config, layout: Layout, world: World) -> RunFacts:
             world_size=world.size,
         ),
         max_skipped_steps=train.max_skipped_steps,
+        gzip_bits_per_byte=source.gzip_bits_per_byte,
         title=f"rung {config.recipe.name}: {config.run.name}",
         lines={
             "model": f"{human_count(num_parameters(config.model))} parameters",

@@ -219,10 +219,11 @@ def recompute_draws_again() -> Iterator[None]:
     """The recomputed forward pass sees other draws than the first."""
     module = import_module("rung.models.decoder")
 
-    real, calls = module.dropout_mask, iter(range(10**9))
+    real = module.dropout_mask
 
     def wrong(key: Any, sample_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        return real(key, sample_ids + next(calls), *args, **kwargs)
+        in_backward = torch._C._current_graph_task_id() != -1
+        return real(key, sample_ids + int(in_backward), *args, **kwargs)
 
     with mock.patch.object(module, "dropout_mask", wrong):
         yield
@@ -356,4 +357,55 @@ def evaluation_counts_padding() -> Iterator[None]:
         return real(model, objective, Short(source), *args, **kwargs)
 
     with mock.patch.object(page, "evaluate", wrong):
+        yield
+
+
+@mutant(dropout=0.25)
+def model_left_in_evaluation_mode() -> Iterator[None]:
+    """Nobody turns dropout on again after an evaluation."""
+    from rung.models.decoder import Decoder
+
+    with mock.patch.object(
+        Decoder, "train", lambda self, mode=True: torch.nn.Module.train(self, mode and self.training)
+    ):
+        yield
+
+
+@mutant()
+def evaluation_batches_counted_in_ranks() -> Iterator[None]:
+    """How much is evaluated follows the number of ranks."""
+    page = import_module("rung.loop.train")
+    real = page.evaluate
+
+    def wrong(*args: Any, max_windows: float, **kwargs: Any) -> Any:
+        return real(*args, max_windows=max_windows * dist.get_world_size(), **kwargs)
+
+    with mock.patch.object(page, "evaluate", wrong):
+        yield
+
+
+@mutant()
+def schedule_counts_samples_of_one_rank() -> Iterator[None]:
+    """The schedule runs faster on more ranks."""
+    recipe = import_module("rung.recipes.pretrain")
+    real = recipe.lr_at
+
+    def wrong(schedule: Any, step: int, steps: int, lr: float) -> float:
+        return real(schedule, min(step * dist.get_world_size(), steps), steps, lr)
+
+    with mock.patch.object(recipe, "lr_at", wrong):
+        yield
+
+
+@mutant(clip=1000.0)
+def small_gradients_scaled_up() -> Iterator[None]:
+    """Gradients are scaled to the clipping norm instead of down to it."""
+    from law.harness import RecordingOptimizer
+
+    real = RecordingOptimizer.step
+
+    def wrong(self: Any, lr: float, *, grad_scale: Any = None, skip: Any = None) -> None:
+        real(self, lr, grad_scale=torch.full_like(grad_scale, 1e-3), skip=skip)
+
+    with mock.patch.object(RecordingOptimizer, "step", wrong):
         yield

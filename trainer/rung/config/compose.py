@@ -54,11 +54,20 @@ def compose(schema: type[T], overrides: Sequence[str], *, nodes: Iterable[Node] 
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name="rung"):
-            composed = hydra_compose(config_name, list(overrides))
+            composed = hydra_compose(config_name, [_quoted(override) for override in overrides])
         result: T = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_readable(error)) from error
     return result
+
+
+def _quoted(override: str) -> str:
+    """Quote a plain value with characters that Hydra's grammar has no place for, such as a path with an umlaut."""
+    key, equals, value = override.partition("=")
+    plain = value and value[0] not in "[{\"'" and not re.match(r"\w+\(", value) and "${" not in value
+    if equals and plain and re.search(r"[^\x00-\x7f]|^~|[()=#;&|!?*<>]", value):
+        return key + '="' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return override
 
 
 def _unknown_keys(schema: type, overrides: Sequence[str], nodes: Sequence[Node]) -> list[str]:
@@ -122,7 +131,7 @@ def _readable(error: Exception) -> str:
     telling = next((e for e in causes if "full_key:" in str(e)), error)
     key = next((m.group(1) for e in causes for m in [re.search(r"full_key: (\S+)", str(e))] if m), None)
     text = " ".join(_lines(telling))
-    text = re.sub(r"\s*(full_key|object_type|reference_type): ?\S*", "", text).strip()
+    text = re.sub(r"\s*(full_key|object_type|reference_type)[:=] ?\S*", "", text).strip()
     return f"{key}: {text}" if key and key not in text else text
 
 

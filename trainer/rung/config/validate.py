@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 
 __all__ = ["choice_problem", "positive_problems"]
@@ -18,5 +19,9 @@ def choice_problem(key: str, value: str, legal: Sequence[str]) -> list[str]:
 
 
 def positive_problems(**values: float) -> list[str]:
-    """One sentence for every value that is not above zero; double underscores in names stand for dots."""
-    return [f"{key.replace('__', '.')}={value} must be above zero" for key, value in values.items() if not value > 0]
+    """One sentence for every value that is not finite and above zero; double underscores in names stand for dots."""
+    return [
+        f"{key.replace('__', '.')}={value} must be a finite number above zero"
+        for key, value in values.items()
+        if not (value > 0 and math.isfinite(value))
+    ]

@@ -66,8 +66,8 @@ class TrainConfig:
         )
         if self.micro_batch_size < 0:
             problems.append(f"train.micro_batch_size={self.micro_batch_size} must be 0 (a rank's whole share) or more")
-        if self.clip_grad_norm < 0:
-            problems.append(f"train.clip_grad_norm={self.clip_grad_norm} must be 0 (off) or more")
+        if not (self.clip_grad_norm >= 0 and math.isfinite(self.clip_grad_norm)):
+            problems.append(f"train.clip_grad_norm={self.clip_grad_norm} must be a finite number, 0 (off) or more")
         return problems
 
 

@@ -24,6 +24,7 @@ from rung.observe import (
     ProfileConfig,
     Profiler,
     Progress,
+    RankLost,
     StepMetrics,
     StopSignals,
     Stopwatch,
@@ -122,7 +123,9 @@ class Monitor:
             error = better
             raise
         finally:
-            if error is not None:
+            if isinstance(error, RankLost):  # rank 0 may be the one that is gone: whoever is left says so
+                write_status(self._facts.run_dir, "failed", self._step, str(error))
+            elif error is not None:
                 self._status("failed", f"{type(error).__name__}: {error}")
 
     @property
@@ -215,8 +218,14 @@ class Monitor:
             )
 
     def _status(self, state: str, error: str | None = None, step: int | None = None) -> None:
-        if self._world.is_main:
+        if not self._world.is_main:
+            return
+        try:
             write_status(self._facts.run_dir, state, self._step if step is None else step, error)
+        except OSError as problem:  # a full disk must not end a run
+            if state != "running":
+                raise
+            self._progress.message(f"cannot write status.json: {problem}")
 
     def _lost(self, message: str, step: int) -> None:
         """Other ranks fell silent and this process is about to end; called from the heartbeat's thread."""

@@ -61,7 +61,8 @@ def train(run: Training) -> Outcome:
         if batch.stop:
             return Outcome("stopped", step - 1, results)
         with monitor.clock("forward_backward"):
-            sums = forward_backward(run.model, run.objective, batch, torch.tensor(step, device=device), run.sync)
+            number = torch.full((), step, device=device)  # filled there: a copy from the host would make it wait
+            sums = forward_backward(run.model, run.objective, batch, number, run.sync)
         with monitor.clock("optimizer"):
             lr = run.learning_rate(step)
             loss, norm, skipped = update(run, sums, batch.counts, lr)

@@ -12,11 +12,11 @@ from typing import Any
 
 __all__ = ["StopSignals", "agree"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopSignals:
-    """While open, SIGTERM, SIGINT and SIGUSR1 only raise `requested`; the same signal again ends the process at once.
+    """While open, SIGTERM, SIGINT, SIGHUP and SIGUSR1 only raise `requested`; the same again ends the process at once.
 
     A signal that comes again within `debounce_seconds` counts as the same request: a Ctrl-C under torchrun reaches a
     worker from the terminal and once more from its agent. A *different* second signal does not end the process
@@ -44,7 +44,7 @@ class StopSignals:
             self._read_fd, self._write_fd = os.pipe()
             os.set_blocking(self._write_fd, False)
             self._previous_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
-            self._previous = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, lambda *_: None) for number in _wanted()}
             threading.Thread(target=self._listen, args=(self._read_fd,), name="rung-signals", daemon=True).start()
         return self
 
@@ -97,6 +97,11 @@ def agree(value: int, group: Any = None) -> int:
     largest = torch.tensor(value, dtype=torch.int64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return int(largest)
+
+
+def _wanted() -> list[signal.Signals]:
+    """SIGHUP only where it is not ignored: nohup means that the end of the terminal is not the end of the run."""
+    return [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,15 @@ def _place() -> _Place:
     """torchrun's variables first; then those that srun sets for the tasks of a step (a batch shell has none)."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return _Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
+        try:
+            place = _Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
+        except ValueError:
+            raise UserError(f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} must be whole numbers") from None
+        if not 0 <= place.rank < place.world_size:
+            raise UserError(f"RANK={place.rank} is not below WORLD_SIZE={place.world_size}")
+        if place.world_size > 1 and not ("MASTER_ADDR" in env and "MASTER_PORT" in env):
+            raise UserError(f"WORLD_SIZE={place.world_size} needs MASTER_ADDR and MASTER_PORT, as torchrun sets them")
+        return place
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
         return _Place(int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_STEP_NUM_TASKS"]))
     return _Place(0, 0, 1)
@@ -70,15 +78,16 @@ class World:
         place = _place()
         kind = choose_device(device)
         if kind == "cuda":
-            if place.local_rank >= torch.cuda.device_count():
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", place.local_rank + 1))
+            if here > torch.cuda.device_count():
                 raise UserError(
-                    f"local rank {place.local_rank} has no GPU of its own: {torch.cuda.device_count()} visible; "
+                    f"{here} processes on this machine share {torch.cuda.device_count()} GPUs; "
                     "start as many processes per node as GPUs, or use device=cpu"
                 )
             torch.cuda.set_device(place.local_rank)
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_seconds)}
-        if place.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        if place.world_size == 1:
             options.update(store=dist.HashStore(), rank=0, world_size=1)
         elif "RANK" not in os.environ:
             address, port = _slurm_rendezvous()
@@ -97,26 +106,55 @@ class World:
 
     def set_timeout(self, seconds: float) -> None:
         """Bound collectives from here on. The first step compiles and connects; later ones must be quick."""
-        from torch.distributed.distributed_c10d import _set_pg_timeout
+        from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        _set_pg_timeout(datetime.timedelta(seconds=seconds), dist.group.WORLD)
+        for group in list(_world.pg_map):
+            _set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
-    def on_main(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0 while the others wait; its result, or its UserError, is everybody's."""
+    @overload
+    def on_main(self, action: Callable[[], T]) -> T: ...
+    @overload
+    def on_main(self, action: Callable[[], T], *, share: Literal[False]) -> T | None: ...
+    def on_main(self, action: Callable[[], T], *, share: bool = True) -> T | None:
+        """Run ``action`` on rank 0 while the others wait; its result, or its UserError, is everybody's.
+
+        With ``share`` off the result stays on rank 0, and the others get None.
+        """
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = action()
             except UserError as error:
                 outcome[1] = str(error)
+        sent = outcome if share else [None, outcome[1]]
         if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise UserError(outcome[1])
-        result: T = outcome[0]
+            dist.broadcast_object_list(sent, src=0)
+        if sent[1] is not None:
+            raise UserError(sent[1])
+        result: T | None = outcome[0] if self.is_main else sent[0]
         return result
+
+    def everywhere(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on every rank. A UserError on any is raised on all, with one text that names the ranks."""
+        result, problem = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+        problems = [problem]
+        if self.size > 1:
+            problems = [None] * self.size
+            dist.all_gather_object(problems, problem)
+        ranks: dict[str, list[str]] = {}
+        for rank, text in enumerate(problems):
+            if text is not None:
+                ranks.setdefault(text, []).append(str(rank))
+        if ranks:
+            shared = len(next(iter(ranks.values()))) == self.size
+            UserError.raise_all(text if shared else f"rank {', '.join(where)}: {text}" for text, where in ranks.items())
+        return cast(T, result)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank; the same answer on every rank."""

@@ -85,8 +85,16 @@ def load_config(overrides: Sequence[str], world_size: int) -> tuple[Config, Layo
     Raises UserError with every problem at once.
     """
     config = compose(Config, overrides, nodes=NODES)
-    config.run.dir = os.path.abspath(os.path.expanduser(config.run.dir))
+    if not config.run.dir.strip() or not config.run.name.strip():
+        raise UserError(f"run.dir={config.run.dir!r} and run.name={config.run.name!r} must not be empty")
+    config.run.dir = _absolute(config.run.dir)
+    config.data.paths = [_absolute(path) for path in config.data.paths]
     return config, validate(config, world_size)
+
+
+def _absolute(path: str) -> str:
+    """A path as it is meant here, whatever folder it is read from later; an address of fsspec's stays."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def validate(config: Config, world_size: int) -> Layout:

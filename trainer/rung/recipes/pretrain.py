@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import IO, Any
 
 import torch
 from torch import nn
 
-from rung.config import flatten
+from rung import __version__
+from rung.config import differences, flatten
 from rung.data import DataSource, check_vocab, open_data, prepare
 from rung.errors import UserError
 from rung.layout import Layout
@@ -21,7 +21,7 @@ from rung.optim import build_optimizer, lr_at
 from rung.parallel import GradientSync, World, build_mesh, dtypes, initialize, local_parameters, parallelize
 from rung.recipes.config import Config
 from rung.recipes.finish import finish
-from rung.recipes.folder import claim
+from rung.recipes.folder import Claim
 
 __all__ = ["assemble", "pretrain", "spread_model"]
 
@@ -31,20 +31,21 @@ def pretrain(config: Config, layout: Layout) -> int:
     set_numerics(config)
     with World.join(config.device) as world:
         world.set_timeout(config.train.first_timeout_seconds)
-        notes: list[str] = []
-        locks: list[IO[Any]] = []  # the lock on run.dir is held until this function returns
-        world.on_main(lambda: locks.append(claim(config, notes)))
+        agree_on_settings(world, config)
+        claim = world.on_main(lambda: Claim(config), share=False)  # holds the lock on run.dir while this function runs
         world.on_main(lambda: prepare(config.data))
-        source = open_data(config.data, config.run.seed)
+        source = world.everywhere(lambda: opened(config))
         agree_on_data(world, source)
-        check_vocab(source, config.model.vocab_size)
+        if claim is not None:
+            claim.commit()
         with Monitor(monitor_config(config), world, run_facts(config, layout, world, source)) as monitor:
+            for note in claim.notes if claim is not None else ():
+                monitor.message(note)
             if source.num_eval_windows == 0:
                 monitor.message("nothing is held out of this corpus: there will be no evaluation")
-            for note in notes:
-                monitor.message(note)
             run = assemble(config, layout, world, source, monitor)
             outcome = train(run)
+            world.set_timeout(config.train.first_timeout_seconds)  # writing large weights takes its time
             facts = finish(config, run, outcome) if outcome.state == "completed" else {}
             monitor.finish(outcome.state, outcome.step, facts)
     return 0 if outcome.state == "completed" else monitor.stop_status
@@ -80,14 +81,31 @@ def spread_model(config: Config, layout: Layout, world: World) -> nn.Module:
     return model
 
 
+def opened(config: Config) -> DataSource:
+    """The data of the run, fit for its model."""
+    source = open_data(config.data, config.run.seed)
+    check_vocab(source, config.model.vocab_size)
+    return source
+
+
+def agree_on_settings(world: World, config: Config) -> None:
+    """Every rank composes for itself, from an environment of its own; a difference must not train."""
+    mine = flatten(config) | {"(version of Rung)": __version__, "(version of torch)": torch.__version__}
+    main = world.on_main(lambda: mine)
+    changed = [f"{key}={there!r} on rank 0, {here!r} here" for key, (there, here) in differences(main, mine).items()]
+    world.everywhere(
+        lambda: UserError.raise_all([f"ranks were started differently: {'; '.join(changed)}"] if changed else [])
+    )
+
+
 def agree_on_data(world: World, source: DataSource) -> None:
     """Ranks on other machines may have built or copied other bytes under the same name."""
-    main: str = world.on_main(lambda: source.fingerprint)
-    if world.any(source.fingerprint != main):
-        raise UserError(
-            f"ranks read different data: {source.path} is {source.fingerprint} on rank {world.rank}, {main} on rank 0; "
-            "put the corpus on a file system that all nodes share"
-        )
+    mine = source.fingerprint
+    main = world.on_main(lambda: mine)
+    problem = (
+        f"{source.path} holds other data here ({mine}) than on rank 0 ({main}); put the corpus where all nodes see it"
+    )
+    world.everywhere(lambda: UserError.raise_all([problem] if mine != main else []))
 
 
 def set_numerics(config: Config) -> None:

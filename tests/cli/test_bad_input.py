@@ -71,6 +71,8 @@ def test_sequence_longer_than_the_corpus(rung: Rung, tiny: list[str]) -> None:
 def test_wrong_world_size(rung: Rung, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     refused(rung("train", *tiny, "parallel.dp_shard=2"), "3", "dp_shard=2")
 
 
@@ -114,3 +116,32 @@ def test_unknown_verb_and_option(rung: Rung) -> None:
 def test_model_without_weights(rung: Rung, tmp_path: Path) -> None:
     refused(rung("sample", tmp_path), str(tmp_path))
     refused(rung("eval", tmp_path), str(tmp_path))
+
+
+def test_a_refused_launch_changes_nothing(rung: Rung, tiny: list[str], tmp_path: Path) -> None:
+    run, absent = tmp_path / "run", replace(tiny, f"data.paths=[{tmp_path / 'absent'}]")
+    refused(rung("train", *absent), "absent")
+    assert rung("train", *tiny).status == 0  # the mistake did not claim the folder
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    refused(rung("train", *absent, "run.allow_changes=[data.paths]"), "absent")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
+
+
+def test_files_of_somebody_else_are_left_alone(rung: Rung, tiny: list[str], tmp_path: Path) -> None:
+    thesis = tmp_path / "run" / "export" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("mine")
+    refused(rung("train", *tiny), "export", "choose another run.dir")
+    assert thesis.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "override", ["train.clip_grad_norm=nan", "train.timeout_seconds=inf", "run.dir=''", "optim=null"]
+)
+def test_values_that_are_no_values(rung: Rung, tiny: list[str], override: str) -> None:
+    refused(rung("train", *replace(tiny, override)))
+
+
+def test_paths_that_hydra_has_no_grammar_for(rung: Rung, tiny: list[str], tmp_path: Path) -> None:
+    assert rung("train", *replace(tiny, f"run.dir={tmp_path}/müller (2)/läuft")).status == 0
+    assert (tmp_path / "müller (2)" / "läuft" / "metrics.jsonl").exists()

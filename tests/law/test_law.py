@@ -48,7 +48,7 @@ PLAIN: Case = {
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
     """One pool for every case of this file."""
-    pool = Workers(4)
+    pool = Workers()
     yield pool
     pool.close()
 

@@ -14,43 +14,60 @@ __all__ = ["Workers"]
 
 
 class Workers:
-    """``size`` spawned processes. ``run`` calls one function on the first ``world_size`` of them, in a gloo group."""
+    """Groups of spawned processes, one for each world size that was asked for; each serves case after case.
 
-    def __init__(self, size: int) -> None:
+    A process never changes its group: torch keeps meshes of a group that was destroyed in its caches.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, _Group] = {}
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
+        """``[function(*args) on rank 0, on rank 1, ...]``. RuntimeError with the traceback of a rank that failed."""
+        if world_size not in self._groups:
+            self._groups[world_size] = _Group(world_size)
+        try:
+            return self._groups[world_size].run(function, args, timeout)
+        except RuntimeError:
+            self._groups.pop(world_size).close()  # its members may be out of step
+            raise
+
+    def close(self) -> None:
+        """End every process."""
+        for group in self._groups.values():
+            group.close()
+
+
+class _Group:
+    def __init__(self, world_size: int) -> None:
         context = mp.get_context("spawn")
+        port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []
-        self._group: tuple[int, int] | None = None  # world size and port of the group that stands
-        for rank in range(size):
+        for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
-        """``[function(*args) on rank 0, on rank 1, ...]``. RuntimeError with the traceback of a rank that failed."""
-        if self._group is None or self._group[0] != world_size:
-            self._group = (world_size, _free_port())
-        for pipe in self._pipes[:world_size]:
-            pipe.send((self._group, function, args))
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, args))
         results, errors = [], []
-        for rank, pipe in enumerate(self._pipes[:world_size]):
+        for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(timeout):
-                self.close()
-                raise RuntimeError(f"rank {rank} of {world_size} gave no answer within {timeout} s")
+                raise RuntimeError(f"rank {rank} gave no answer within {timeout} s")
             answer, error = pipe.recv()
             results.append(answer)
             if error is not None:
                 errors.append(f"rank {rank}: {error}")
         if errors:
-            self._group = None  # its members may be out of step
             raise RuntimeError("\n".join(errors))
         return results
 
     def close(self) -> None:
-        """End every process."""
         for process in self._processes:
             process.kill()
 
@@ -62,30 +79,21 @@ def _free_port() -> int:
         return port
 
 
-def _serve(rank: int, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    group: tuple[int, int] | None = None
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
     while True:
         try:
-            wanted, function, args = pipe.recv()
+            function, args = pipe.recv()
         except EOFError:
             return
         try:
-            if group != wanted:
-                world_size, port = wanted
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-                os.environ.update(
-                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size)
-                )
-                dist.init_process_group("gloo", rank=rank, world_size=world_size)
-                group = wanted
             pipe.send((function(*args), None))
         except BaseException:
-            group = None
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            dist.destroy_process_group()  # so that the others do not wait for this rank
             pipe.send((None, traceback.format_exc()))
+            return

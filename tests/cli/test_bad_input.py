@@ -145,3 +145,12 @@ def test_values_that_are_no_values(rung: Rung, tiny: list[str], override: str) -
 def test_paths_that_hydra_has_no_grammar_for(rung: Rung, tiny: list[str], tmp_path: Path) -> None:
     assert rung("train", *replace(tiny, f"run.dir={tmp_path}/müller (2)/läuft")).status == 0
     assert (tmp_path / "müller (2)" / "läuft" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "5", "WORLD_SIZE": "4"}, {"RANK": "abc", "WORLD_SIZE": "4"}])
+def test_a_rank_with_a_problem_of_its_own_says_so(
+    rung: Rung, tiny: list[str], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused(rung("train", *tiny), f"rank {variables['RANK']}", "WORLD_SIZE")

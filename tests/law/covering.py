@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["covering_array", "uncovered_pairs"]
+__all__ = ["Case", "covering_array", "uncovered_pairs"]
 
 Case = dict[str, Any]
 

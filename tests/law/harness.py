@@ -1,6 +1,6 @@
 """The law as a program: run a case on a layout, run the same case in one plain process, compare everything.
 
-Later steps extend the law by adding a factor to ``FACTORS`` and its overrides to ``overrides``.
+To extend the law, add a factor to ``FACTORS`` and its overrides to ``overrides``.
 """
 
 from __future__ import annotations

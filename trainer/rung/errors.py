@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["UserError"]
+__all__ = ["LocalUserError", "UserError"]
 
 
 class UserError(ValueError):
@@ -21,3 +21,7 @@ class UserError(ValueError):
             raise cls(found[0])
         if found:
             raise cls(f"{len(found)} problems:\n" + "\n".join(f"  - {problem}" for problem in found))
+
+
+class LocalUserError(UserError):
+    """A problem that one process has and others may not: each that has it says so."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rung.errors import UserError
+from rung.errors import LocalUserError, UserError
 
 __all__ = ["entry", "main", "run_and_exit"]
 
@@ -29,7 +29,7 @@ USAGE = "usage: rung VERB [arguments]\n\n" + "\n".join(f"  {verb:8} {what}" for 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 2 the user's input is wrong, else failure."""
+    """Run one verb; returns the exit status: 0 done, 2 wrong input, 128 + N stopped by signal N, else failure."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -63,9 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: UserError) -> int:
-    """One clear message from one rank. The others give it time: a launcher ends all ranks when the first one exits."""
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-        print(f"rung: error: {error}", file=sys.stderr, flush=True)
+    """One clear message: rank 0 speaks for all, unless a rank has a problem of its own.
+
+    A launcher ends all ranks when the first one exits, so the others leave rank 0 the time to speak.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0" or isinstance(error, LocalUserError):
+        who = "" if rank == "0" else f"rank {rank}: "
+        print(f"rung: error: {who}{error}", file=sys.stderr, flush=True)
     else:
         time.sleep(2.0)
     return 2

@@ -3,7 +3,7 @@
 torchrun turns every failure of a worker into exit code 1, so that "the input is wrong" (2) and "stopped after saving,
 run again" (75) are lost to whoever started it: a shell, or a Slurm job that decides whether to queue itself again. When
 it is signalled itself it forgets the workers' codes altogether. Here the worker's code is the code of the whole, and
-for those two nothing is printed beyond the worker's own words.
+for those, and for 128 + N of a run that signal N stopped, nothing is printed beyond the worker's own words.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ USER_ERROR, STOPPED_AFTER_SAVING = 2, 75
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun in this process and return the exit code of the worker that failed first, or 0.
 
-    SIGTERM, SIGINT and SIGHUP are handed to the workers, which may take as long as they like to save and stop.
+    SIGTERM, SIGINT and SIGHUP are handed to the workers, which have TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (default
+    600) to stop.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         run(["--signals-to-handle=SIGQUIT", *arguments])
     except ChildFailedError as error:
         code = _exit_code(error)
-        stopped = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        stopped = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
         if code not in (USER_ERROR, STOPPED_AFTER_SAVING, *stopped) and not signals:
             print(error, file=sys.stderr)
         return code

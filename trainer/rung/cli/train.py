@@ -18,7 +18,8 @@ Settings are Hydra overrides: train.steps=100, model=llama_60m, experiment=quick
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compose, check, train. Everything that can be refused is refused before a process group exists."""
+    """Compose, check, train. A mistake in the settings is refused before a process group exists, one in run.dir or the
+    data before run.dir is changed."""
     overrides = [a for a in argv if not a.startswith("-")]
     flags = [a for a in argv if a.startswith("-")]
     if set(flags) & {"-h", "--help"}:

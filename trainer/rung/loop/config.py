@@ -51,9 +51,10 @@ class TrainConfig:
     max_skipped_steps: int = 5
     """Consecutive steps with a non-finite loss or gradient after which the run stops as failed."""
     first_timeout_seconds: float = 1800.0
-    """Bound on collectives until the first step is done: compilation and communicators take their time."""
+    """Bound on collectives until the first step is done, and again after the last: compilation, communicators and
+    writing the weights take their time."""
     timeout_seconds: float = 300.0
-    """Bound on collectives from the second step on."""
+    """Bound on collectives in between."""
 
     def validate(self) -> list[str]:
         """Problems with these settings."""

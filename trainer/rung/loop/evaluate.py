@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from rung.data import IGNORED
 from rung.loop.step import run_model
 from rung.parallel import all_reduce_sums
 
@@ -36,8 +37,8 @@ def evaluate(
     them, evenly spread over the split: its beginning alone may be easier or harder than the rest.
 
     Windows are dealt to data ranks in turn. Every rank makes the same number of forward passes, since FSDP gathers in
-    step; where windows run out a rank repeats one with its labels ignored. bits_per_byte is None when labels stand for
-    no bytes (a corpus without a tokenizer). Empty where nothing is held out.
+    step; where windows run out a rank repeats one with its labels ignored. bits_per_byte is left out where labels stand
+    for no bytes (a corpus without a tokenizer). Empty where nothing is held out.
     """
     windows = int(min(max_windows, source.num_eval_windows))
     if windows == 0:
@@ -51,8 +52,8 @@ def evaluate(
         first = turn * layout.data_size * micro_batch_size + layout.data_rank(rank)
         mine = [first + layout.data_size * i for i in range(micro_batch_size)]
         batch = source.read_eval([min(w, windows - 1) * source.num_eval_windows // windows for w in mine])
-        batch.labels_BT[[w >= windows for w in mine]] = -100
-        labels = batch.labels_BT[batch.labels_BT != -100]
+        batch.labels_BT[[w >= windows for w in mine]] = IGNORED
+        labels = batch.labels_BT[batch.labels_BT != IGNORED]
         totals["count"] += len(labels)
         if token_bytes is not None:
             totals["bytes"] += int(token_bytes[labels].sum())

@@ -135,7 +135,7 @@ class Monitor:
 
     @property
     def stop_status(self) -> int:
-        """Exit status of a run that a signal stopped."""
+        """Exit status of a run that a signal stopped; SIGTERM's where only another rank received one."""
         return 128 + (self._signals.requested or 15)
 
     def begin(self, step: int) -> None:

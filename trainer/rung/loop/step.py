@@ -18,7 +18,7 @@ from rung.loop.config import TrainConfig
 from rung.objectives import Objective
 from rung.parallel import GradientSync
 
-__all__ = ["StepBatch", "StepReader", "forward_backward", "samples_digest", "total_counts"]
+__all__ = ["StepBatch", "StepReader", "forward_backward", "run_model", "samples_digest", "total_counts"]
 
 
 @dataclass(frozen=True)

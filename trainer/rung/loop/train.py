@@ -18,7 +18,7 @@ from rung.objectives import Objective
 from rung.optim import LocalParameter, Optimizer
 from rung.parallel import GradientSync, World, all_reduce_sums, attach_gradients, squared_norm
 
-__all__ = ["Outcome", "Training", "train", "update"]
+__all__ = ["Outcome", "Training", "train"]
 
 
 @dataclass
@@ -71,7 +71,7 @@ def train(run: Training) -> Outcome:
             run.world.set_timeout(settings.timeout_seconds)
         if batches := run.evaluation.due(step, settings.steps):
             with monitor.clock("evaluation"):
-                results = evaluate_run(run, batches)
+                results = _evaluate(run, batches)
             monitor.evaluated(step, results)
     return Outcome("completed", settings.steps, results)
 
@@ -95,7 +95,7 @@ def update(run: Training, sums: dict[str, Tensor], counts: dict[str, int], lr: f
     return loss, norm, skipped
 
 
-def evaluate_run(run: Training, batches: float) -> dict[str, float]:
+def _evaluate(run: Training, batches: float) -> dict[str, float]:
     """Evaluate on ``batches`` global batches of held-out windows; infinity takes all."""
     return evaluate(
         run.model,

@@ -1,7 +1,7 @@
 """How a model is spread over ranks: the world, the mesh, one `parallelize()`, and sums over logical tensors."""
 
 from rung.parallel.config import PRECISIONS, ParallelConfig, dtypes
-from rung.parallel.gradients import attach_gradients, gradient_norm, local_parameters, squared_norm
+from rung.parallel.gradients import attach_gradients, local_parameters, squared_norm
 from rung.parallel.initialize import initialize
 from rung.parallel.mesh import build_mesh
 from rung.parallel.parallelize import GradientSync, parallelize
@@ -17,7 +17,6 @@ __all__ = [
     "attach_gradients",
     "build_mesh",
     "dtypes",
-    "gradient_norm",
     "initialize",
     "local_parameters",
     "parallelize",

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rung.layout import clean_name, local_view, logical_tensors
 from rung.optim import LocalParameter
 
-__all__ = ["attach_gradients", "gradient_norm", "local_parameters", "squared_norm"]
+__all__ = ["attach_gradients", "local_parameters", "squared_norm"]
 
 
 def local_parameters(model: nn.Module) -> list[LocalParameter]:
@@ -56,11 +55,3 @@ def squared_norm(parameters: Sequence[LocalParameter], device: torch.device) -> 
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch._foreach_norm(gradients, 2.0, dtype=torch.promote_types(gradients[0].dtype, torch.float32))
     return torch.stack(norms).double().square().sum()
-
-
-def gradient_norm(parameters: Sequence[LocalParameter], device: torch.device) -> Tensor:
-    """Euclidean norm over every logical gradient element once, 0-dim float64, the same on every rank."""
-    total = squared_norm(parameters, device)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    return total.sqrt()

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 import torch.distributed as dist
 
-from rung.errors import UserError
+from rung.errors import LocalUserError, UserError
 
 __all__ = ["World", "world_size_from_environment"]
 
@@ -33,11 +33,15 @@ def _place() -> _Place:
         try:
             place = _Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
         except ValueError:
-            raise UserError(f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} must be whole numbers") from None
+            raise LocalUserError(
+                f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} must be whole numbers"
+            ) from None
         if not 0 <= place.rank < place.world_size:
-            raise UserError(f"RANK={place.rank} is not below WORLD_SIZE={place.world_size}")
+            raise LocalUserError(f"RANK={place.rank} is not below WORLD_SIZE={place.world_size}")
         if place.world_size > 1 and not ("MASTER_ADDR" in env and "MASTER_PORT" in env):
-            raise UserError(f"WORLD_SIZE={place.world_size} needs MASTER_ADDR and MASTER_PORT, as torchrun sets them")
+            raise LocalUserError(
+                f"WORLD_SIZE={place.world_size} needs MASTER_ADDR and MASTER_PORT, as torchrun sets them"
+            )
         return place
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
         return _Place(int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_STEP_NUM_TASKS"]))
@@ -47,11 +51,6 @@ def _place() -> _Place:
 def world_size_from_environment() -> int:
     """Ranks that the launcher started; needs no process group."""
     return _place().world_size
-
-
-def rank_from_environment() -> int:
-    """This process's rank; needs no process group."""
-    return _place().rank
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class World:
         if kind == "cuda":
             here = int(os.environ.get("LOCAL_WORLD_SIZE", place.local_rank + 1))
             if here > torch.cuda.device_count():
-                raise UserError(
+                raise LocalUserError(
                     f"{here} processes on this machine share {torch.cuda.device_count()} GPUs; "
                     "start as many processes per node as GPUs, or use device=cpu"
                 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rung.config import Node, choice_problem, compose
+from rung.config import Node, choice_problem, compose, positive_problems
 from rung.data import DataConfig
 from rung.errors import UserError
 from rung.layout import Layout
@@ -17,7 +17,7 @@ from rung.observe import GarbageConfig, HeartbeatConfig, LoggingConfig, MemoryCo
 from rung.optim import AdamWConfig, MuonConfig, OptimConfig, ScheduleConfig
 from rung.parallel.config import PRECISIONS, ParallelConfig
 
-__all__ = ["Config", "RecipeConfig", "load_config", "validate"]
+__all__ = ["NODES", "Config", "ExportConfig", "RecipeConfig", "changes_that_matter", "load_config", "validate"]
 
 
 @dataclass
@@ -38,6 +38,15 @@ class ExportConfig:
     """Prompts continued and shown at the end of the run."""
     sample_tokens: int = 64
     """Tokens generated per prompt."""
+
+    def validate(self) -> list[str]:
+        """Problems with these settings."""
+        problems = positive_problems(export__sample_tokens=self.sample_tokens)
+        if self.sample_prompts and not self.huggingface:
+            problems.append(
+                "export.sample_prompts needs export.huggingface=true: samples come from the exported weights"
+            )
+        return problems
 
 
 @dataclass
@@ -106,7 +115,15 @@ def validate(config: Config, world_size: int) -> Layout:
     for component in (config.run, config.train, config.data, config.model, config.optim):
         problems += component.validate()
     problems += config.schedule.validate(config.train.steps)
-    for other in (config.parallel, config.eval, config.logging, config.profile, config.heartbeat, config.garbage):
+    for other in (
+        config.parallel,
+        config.eval,
+        config.logging,
+        config.profile,
+        config.heartbeat,
+        config.garbage,
+        config.export,
+    ):
         problems += other.validate()
     problems += choice_problem("precision", config.precision, PRECISIONS)
     problems += choice_problem("engine", config.engine, ("native",))

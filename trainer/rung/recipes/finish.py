@@ -28,8 +28,7 @@ def finish(config: Config, run: Training, outcome: Outcome) -> dict[str, str]:
     if run.world.is_main:
         facts["metrics"] = str(folder / "metrics.jsonl")
         facts["look closer"] = f"rung eval {folder}; rung sample {folder} --prompt TEXT"
-        if picture := attempt(lambda: plot_run(folder, gzip_bits)):
-            facts["picture"] = str(picture)
+        facts["picture"] = attempt(lambda: plot_run(folder, gzip_bits))
         if config.export.huggingface and run.source.tokenizer_path is not None:
             for prompt in config.export.sample_prompts:
                 text = attempt(functools.partial(sample_text, folder / "export", prompt, config))
@@ -78,7 +77,7 @@ def sample_text(directory: Path, prompt: str, config: Config) -> str:
     return sample_texts(directory, prompt, max_new_tokens=config.export.sample_tokens, seed=config.run.seed)[0]
 
 
-def attempt(action: Callable[[], object]) -> str | None:
+def attempt(action: Callable[[], object]) -> str:
     """The weights are safe by now: a picture or a sample that fails is told, and costs nobody the run."""
     try:
         return str(action())

@@ -45,7 +45,7 @@ class Claim:
                 )
 
     def commit(self) -> None:
-        """The run begins: what an earlier one wrote step by step goes, and ``resolved.yaml`` says what runs now."""
+        """The run begins: an earlier one's TensorBoard files go, and ``resolved.yaml`` says what runs now."""
         shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
         partial = self._folder / "resolved.yaml.partial"
         partial.write_text(to_yaml(self._config))

@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         steps=args.steps,
         warmup_steps=args.warmup,
         max_disturbance=args.max_disturbance,
-        together=args.device == "cuda",
+        together=args.device == "cuda" or args.tiny,
         deadline=begun + 60 * args.minutes,
     )
     turns, tokens = contest.turns, args.batch * args.seq * args.steps

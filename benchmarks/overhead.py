@@ -3,8 +3,8 @@
     python benchmarks/overhead.py --threads 2
 
 One CPU process each, the same shape, batches, start, optimizer and threads; see contenders.py for what each runs and
-measuring.py for how turns are taken. Rung runs its real loop with everything on that a user has on, and writes a line
-of metrics a step; the bare loop logs nothing.
+measuring.py for how turns are taken. Rung runs as `rung train` does, its metrics file, console and checks included; the
+others log nothing.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         warmup_steps=args.warmup,
         max_disturbance=args.max_disturbance,
         patience_seconds=60 * args.patience,
+        together=args.tiny,
     )
     turns = contest.turns
     tokens = args.batch * args.seq * args.steps

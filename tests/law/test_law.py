@@ -24,7 +24,8 @@ from law.harness import (
 from law.mutants import CASES, MUTANTS
 from law.workers import Workers
 
-COVERING = sorted(covering_array(FACTORS, legal, seed=2), key=lambda case: (-world_size(case), repr(case)))
+# This seed needs few cases in which inductor generates code, which is most of the time here.
+COVERING = sorted(covering_array(FACTORS, legal, seed=6), key=lambda case: (-world_size(case), repr(case)))
 PLAIN: Case = {
     "dp_shard": 2,
     "dp_replicate": 1,

@@ -5,6 +5,7 @@ Dimensions in names: B batch, T tokens, H heads, K key/value heads, E head size,
 """
 
 from rung_kernels import reference
+from rung_kernels.block_attention import merge_lse
 from rung_kernels.reference import attention, cross_entropy, rms_norm, rope, swiglu
 
-__all__ = ["attention", "cross_entropy", "reference", "rms_norm", "rope", "swiglu"]
+__all__ = ["attention", "cross_entropy", "merge_lse", "reference", "rms_norm", "rope", "swiglu"]

@@ -46,7 +46,7 @@ def test_every_experiment_composes(experiment: str, world_size: int) -> None:
         (["train.steps=0", "train.micro_batch_size=-1"], ["train.steps=0", "train.micro_batch_size=-1"]),
         (["precision=fp8"], ["precision=fp8", "float64", "bf16"]),
         (["engine=deepspede"], ["engine=deepspede", "native"]),
-        (["parallel.tp=2"], ["parallel.tp=2"]),
+        (["parallel.tp=2"], ["tp=2", "world_size=1"]),
         (["data.seq_len=100000"], ["data.seq_len=100000", "max_position_embeddings"]),
         (["optim=adam"], ["adam", "adamw"]),
         (["run.resume=sometimes"], ["run.resume=sometimes", "auto"]),

@@ -7,41 +7,41 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Case", "covering_array", "uncovered_pairs"]
+__all__ = ["Case", "covering_array", "possible_pairs", "uncovered_pairs"]
 
 Case = dict[str, Any]
 
 
 def covering_array(
     factors: Mapping[str, Sequence[Any]],
+    neutral: Case,
     legal: Callable[[Case], bool] = lambda case: True,
     *,
     seed: int = 0,
-    tries: int = 40,
+    tries: int = 20,
 ) -> list[Case]:
-    """A strength-2 covering array of ``factors`` by greedy search: every pair that some legal case holds is in one.
+    """A strength-2 covering array of ``factors`` by greedy search: every pair that can be legal is in some case.
 
-    Deterministic for a seed. ``legal`` refuses impossible combinations.
+    ``neutral`` is a legal case whose choices go with any other: a pair is possible if and only if it is legal with
+    everything else neutral. Deterministic for a seed.
     """
     generator = random.Random(seed)
-    names = list(factors)
-    open_pairs = uncovered_pairs(factors, [])
+    open_pairs = possible_pairs(factors, neutral, legal)
     cases: list[Case] = []
     while open_pairs:
-        best: Case | None = None
-        gain = 0
-        for attempt in range(tries):
-            # Start from a pair that is still open, so that every round makes progress or proves the pair impossible.
-            (a, x), (b, y) = generator.choice(sorted(open_pairs, key=repr)) if attempt else min(open_pairs, key=repr)
-            case = _complete(factors, names, {a: x, b: y}, open_pairs, generator, legal)
-            if case is not None and (found := len(_pairs(case, names) & open_pairs)) > gain:
-                best, gain = case, found
-        if best is None:
-            open_pairs.discard(min(open_pairs, key=repr))
-            continue
+        ordered = sorted(open_pairs, key=repr)
+        found = [
+            _complete(factors, neutral, generator.choice(ordered), open_pairs, generator, legal) for _ in range(tries)
+        ]
+        best = max(found, key=lambda case: len(_pairs(case, list(factors)) & open_pairs))
         cases.append(best)
-        open_pairs -= _pairs(best, names)
+        open_pairs -= _pairs(best, list(factors))
     return cases
+
+
+def possible_pairs(factors: Mapping[str, Sequence[Any]], neutral: Case, legal: Callable[[Case], bool]) -> set[Any]:
+    """Pairs of choices that are legal with everything else neutral."""
+    return {pair for pair in uncovered_pairs(factors, []) if legal(neutral | dict(pair))}
 
 
 def uncovered_pairs(factors: Mapping[str, Sequence[Any]], cases: Sequence[Case]) -> set[Any]:
@@ -59,29 +59,31 @@ def _pairs(case: Case, names: Sequence[str]) -> set[Any]:
 
 def _complete(
     factors: Mapping[str, Sequence[Any]],
-    names: Sequence[str],
-    start: Case,
+    neutral: Case,
+    start: Any,
     open_pairs: set[Any],
     generator: random.Random,
     legal: Callable[[Case], bool],
-) -> Case | None:
-    for _ in range(30):
-        case = dict(start)
-        for name in generator.sample(list(names), len(names)):
-            if name not in case:
-                choices = list(factors[name])
-                generator.shuffle(choices)
-                case[name] = max(choices, key=lambda choice: _new(case, name, choice, names, open_pairs))
-                if generator.random() < 0.15:
-                    case[name] = generator.choice(choices)
-        if legal(case):
-            return {name: case[name] for name in names}
-    return None
+) -> Case:
+    """A legal case that holds ``start``: factor by factor, in random order, the choice that adds most open pairs."""
+    case = neutral | dict(start)
+    decided = list(dict(start))
+    for name in generator.sample(list(factors), len(factors)):
+        if name in decided:
+            continue
+        choices = list(factors[name])
+        generator.shuffle(choices)
+        choices.sort(
+            key=lambda choice: -_new(name, choice, {key: case[key] for key in decided}, list(factors), open_pairs)
+        )
+        case[name] = next((c for c in choices if legal(case | {name: c})), case[name])
+        decided.append(name)
+    return {name: case[name] for name in factors}
 
 
-def _new(case: Case, name: str, choice: Any, names: Sequence[str], open_pairs: set[Any]) -> int:
+def _new(name: str, choice: Any, decided: Case, names: Sequence[str], open_pairs: set[Any]) -> int:
     count = 0
-    for other, value in case.items():
+    for other, value in decided.items():
         pair = ((name, choice), (other, value))
         if names.index(name) > names.index(other):
             pair = (pair[1], pair[0])

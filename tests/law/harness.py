@@ -19,46 +19,148 @@ import torch
 import torch.distributed as dist
 from law.covering import Case
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 TOLERANCE = 1e-10
 STEPS = 3
+SEQ_LEN = 16
 
+PIPELINES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "gpipe-2": {"pp": 2, "pp_schedule": "gpipe"},
+    "1f1b-2": {"pp": 2, "pp_schedule": "1f1b", "pp_layers": [3, 2]},
+    "interleaved-2": {"pp": 2, "pp_schedule": "interleaved_1f1b"},
+    "zero_bubble-2": {"pp": 2, "pp_schedule": "interleaved_zero_bubble"},
+    "zbv-2": {"pp": 2, "pp_schedule": "zbv"},
+}
+TENSORS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "2": {"tp": 2},
+    "2-whole-stream": {"tp": 2, "sequence_parallel": False},
+    "4": {"tp": 4},
+}
+CONTEXTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "ring-2": {"cp": 2},
+    "ulysses-2": {"cp": 2, "cp_method": "ulysses"},
+}
+RARE_PIPELINES: dict[str, dict[str, Any]] = {
+    "1f1b-4": {"pp": 4, "pp_schedule": "1f1b"},
+    "zero_bubble-4x1": {"pp": 4, "pp_schedule": "interleaved_zero_bubble", "pp_virtual_stages": 1},
+    "zero_bubble-2-by-hand": {"pp": 2, "pp_schedule": "interleaved_zero_bubble", "pp_layers": [1, 2, 1, 1]},
+    "zbv-2-by-hand": {"pp": 2, "pp_schedule": "zbv", "pp_layers": [2, 1, 1, 1]},
+}
+RARE_CONTEXTS: dict[str, dict[str, Any]] = {
+    "ring-4": {"cp": 4},
+    "ulysses-4": {"cp": 4, "cp_method": "ulysses"},
+    "both-4": {"cp": 4, "cp_ulysses_degree": 2},
+}
+"""Choices that meet others in random cases only."""
 FACTORS: dict[str, list[Any]] = {
     "dp_shard": [1, 2, 4],
     "dp_replicate": [1, 2],
-    "micro_batch_size": [1, 2, 4],
-    "accumulation": [1, 2],
+    "tensor": list(TENSORS),
+    "pipeline": list(PIPELINES),
+    "context": list(CONTEXTS),
+    "micro_batch_size": [1, 2],
+    "accumulation": [1, 2, 4],
     "recompute": ["none", "selective", "full"],
     "compile": [False, True],
     "dropout": [0.0, 0.25],
     "packed": [False, True],
     "tied": [False, True],
     "kv_heads": [1, 2, 4],
+    "fused_qkv": [False, True],
     "qk_norm": [False, True],
     "window": [None, 5],
     "optim": ["adamw", "muon"],
-    "reshard": [True, False],
+    "reshard": [None, True, False],
     "defer_sync": [False, True],
     "clip": [0.0, 0.5, 1000.0],
 }
+NEUTRAL: Case = {
+    "dp_shard": 1,
+    "dp_replicate": 1,
+    "tensor": "none",
+    "pipeline": "none",
+    "context": "none",
+    "micro_batch_size": 2,
+    "accumulation": 4,
+    "recompute": "none",
+    "compile": False,
+    "dropout": 0.0,
+    "packed": False,
+    "tied": False,
+    "kv_heads": 4,
+    "fused_qkv": False,
+    "qk_norm": False,
+    "window": None,
+    "optim": "adamw",
+    "reshard": None,
+    "defer_sync": False,
+    "clip": 0.5,
+}
+"""Choices that go with any other."""
+MODEL = {
+    "vocab_size": 311,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "head_dim": 4,
+}
+"""Sizes of which few divide evenly: 311 rows by any tp, 20 features by tp 2 × dp_shard 4, 5 layers by any pp."""
+MOST_RANKS = 8
+MOST_COMPILING_RANKS = 2
+"""Every rank compiles for itself, which takes many times as long as a step."""
+
+
+def spread(case: Case) -> dict[str, Any]:
+    """The settings of ``parallel`` that say how the model is spread."""
+    degrees = {"dp_shard": case["dp_shard"], "dp_replicate": case["dp_replicate"]}
+    pipeline = (PIPELINES | RARE_PIPELINES)[case["pipeline"]]
+    return degrees | TENSORS[case["tensor"]] | pipeline | (CONTEXTS | RARE_CONTEXTS)[case["context"]]
 
 
 def world_size(case: Case) -> int:
     """Ranks that the case runs on."""
-    size: int = case["dp_shard"] * case["dp_replicate"]
-    return size
+    degrees = spread(case)
+    return int(np.prod([degrees.get(axis, 1) for axis in ("dp_shard", "dp_replicate", "tp", "pp", "cp")]))
 
 
 def global_batch_size(case: Case) -> int:
     """Sequences per step: follows from the case, so that micro-batch and accumulation are free factors."""
-    size: int = world_size(case) * case["micro_batch_size"] * case["accumulation"]
+    size: int = case["dp_shard"] * case["dp_replicate"] * case["micro_batch_size"] * case["accumulation"]
     return size
 
 
 def legal(case: Case) -> bool:
-    """Four ranks at most."""
-    return world_size(case) <= 4
+    """A world that fits here, and a layout that is not refused."""
+    from rung.layout import Layout
+    from rung.models import ModelConfig
+    from rung.parallel import ParallelConfig
+    from rung.parallel.legal import layout_problems
+
+    ranks = world_size(case)
+    if ranks > (MOST_COMPILING_RANKS if case["compile"] else MOST_RANKS):
+        return False
+    parallel = ParallelConfig(
+        **spread(case),
+        activation_checkpointing=case["recompute"],
+        reshard_after_forward=case["reshard"],
+        defer_gradient_sync=case["defer_sync"],
+    )
+    axes = ("dp_replicate", "dp_shard", "tp", "pp", "cp")
+    layout = Layout(**{axis: getattr(parallel, axis) for axis in axes}, world_size=ranks)
+    return not layout_problems(
+        parallel,
+        ModelConfig(**MODEL, num_key_value_heads=case["kv_heads"]),
+        layout,
+        seq_len=SEQ_LEN,
+        num_micro_batches=case["accumulation"],
+        compile=case["compile"],
+        device="cpu",
+        precision="float64",
+    )
 
 
 def overrides(case: Case, corpus: str) -> list[str]:
@@ -71,21 +173,17 @@ def overrides(case: Case, corpus: str) -> list[str]:
         f"train.clip_grad_norm={case['clip']}",
         "data=corpus",
         f"data.paths=[{corpus}]",
-        "data.seq_len=12",
-        f"data.document_mask={str(case['packed']).lower()}",
+        f"data.seq_len={SEQ_LEN}",
+        f"data.document_mask={_word(case['packed'])}",
         "model=tiny",
-        "model.vocab_size=311",
-        "model.hidden_size=16",
-        "model.intermediate_size=22",
-        "model.num_hidden_layers=2",
-        "model.num_attention_heads=4",
+        *(f"model.{key}={value}" for key, value in MODEL.items()),
         f"model.num_key_value_heads={case['kv_heads']}",
-        "model.head_dim=4",
         "model.initializer_range=0.2",
         f"model.dropout={case['dropout']}",
-        f"model.tie_word_embeddings={str(case['tied']).lower()}",
-        f"model.qk_norm={str(case['qk_norm']).lower()}",
-        f"model.sliding_window={'null' if case['window'] is None else case['window']}",
+        f"model.tie_word_embeddings={_word(case['tied'])}",
+        f"model.fused_qkv={_word(case['fused_qkv'])}",
+        f"model.qk_norm={_word(case['qk_norm'])}",
+        f"model.sliding_window={_word(case['window'])}",
         f"optim={case['optim']}",
         "optim.lr=0.01",
         "optim.weight_decay=0.1",
@@ -93,15 +191,19 @@ def overrides(case: Case, corpus: str) -> list[str]:
         "schedule.warmup_steps=2",
         "eval.interval=1",
         "eval.batches=1",
-        f"parallel.dp_shard={case['dp_shard']}",
-        f"parallel.dp_replicate={case['dp_replicate']}",
+        *(f"parallel.{key}={_word(value)}" for key, value in spread(case).items()),
         f"parallel.activation_checkpointing={case['recompute']}",
-        f"parallel.reshard_after_forward={str(case['reshard']).lower()}",
-        f"parallel.defer_gradient_sync={str(case['defer_sync']).lower()}",
-        f"compile={str(case['compile']).lower()}",
+        f"parallel.reshard_after_forward={_word(case['reshard'])}",
+        f"parallel.defer_gradient_sync={_word(case['defer_sync'])}",
+        f"compile={_word(case['compile'])}",
         f"precision={case.get('precision', 'float64')}",
         "device=cpu",
     ]
+
+
+def _word(value: Any) -> str:
+    """A value as it is written in an override."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
 @dataclass
@@ -116,6 +218,8 @@ class Record:
     final: dict[str, np.ndarray] = field(default_factory=dict)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """After every step on part of the held-out windows, after the last on all of them."""
+    problems: list[str] = field(default_factory=list)
+    """What no run may do."""
 
 
 class LawBrokenError(AssertionError):
@@ -139,6 +243,8 @@ def compare(found: Record, truth: Record) -> None:
 
 def compare_start(found: Record, truth: Record) -> None:
     """What every precision promises: the same samples, and the same start bit for bit."""
+    if found.problems:
+        raise LawBrokenError("; ".join(found.problems[:3]))
     if found.samples != truth.samples:
         raise LawBrokenError(f"samples differ: {found.samples} against {truth.samples}")
     if found.initial.keys() != truth.initial.keys():
@@ -205,8 +311,9 @@ class Recorder:
         yield
 
     def end(self, step: int, batch: Any, lr: float, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        del step, lr
-        assert not bool(skipped)
+        del lr
+        if bool(skipped):
+            self.record.problems.append(f"step {step} was skipped")
         self.record.losses.append(loss.item())
         self.record.norms.append(float(norm))
         self.record.samples.append(sorted(int(i) for i in batch.sample_ids))
@@ -219,11 +326,12 @@ class Recorder:
 class RecordingOptimizer:
     """Keeps every logical gradient as it was summed, then lets the real optimizer step."""
 
-    def __init__(self, optimizer: Any, model: nn.Module, record: Record) -> None:
-        self._optimizer, self._model, self._record = optimizer, model, record
+    def __init__(self, optimizer: Any, parameters: list[Any], record: Record) -> None:
+        self._optimizer, self._parameters, self._record = optimizer, parameters, record
 
     def step(self, lr: float, **kwargs: Any) -> None:
-        self._record.gradients.append({n: gradient(p) for n, p in logical_parameters(self._model)})
+        held = {p.name: (p.logical, p.gradient()) for p in self._parameters}
+        self._record.gradients.append(assembled(held, self._record.problems))
         self._optimizer.step(lr, **kwargs)
 
     def zero_grad(self) -> None:
@@ -231,22 +339,57 @@ class RecordingOptimizer:
 
 
 def gradient(parameter: nn.Parameter) -> np.ndarray:
-    """The logical gradient; a missing one is zero."""
+    """The gradient of a plain parameter; a missing one is zero."""
     return np.zeros(parameter.shape) if parameter.grad is None else whole(parameter.grad)
 
 
 def whole(tensor: Tensor) -> np.ndarray:
-    """The logical value of a tensor, gathered by torch."""
-    value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    result: np.ndarray = value.detach().clone().numpy()
+    """The values of a plain tensor."""
+    result: np.ndarray = tensor.detach().clone().numpy()
     return result
 
 
-def logical_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters under their logical names."""
-    from rung.layout import clean_name
+def assembled(held: dict[str, tuple[Any, Tensor]], problems: list[str]) -> dict[str, np.ndarray]:
+    """Whole tensors, on rank 0, from what each rank holds: by name the logical tensor and the local values.
 
-    return [(clean_name(name), parameter) for name, parameter in model.named_parameters()]
+    Owned boxes must tile each tensor exactly once, and every copy of an element must have the bits of the owned one;
+    what does not goes to ``problems``.
+    """
+    sent = {
+        name: (
+            logical.shape,
+            logical.tied_to,
+            [(box, owned, whole(local[place])) for box, place, owned in logical.pieces()],
+        )
+        for name, (logical, local) in held.items()
+    }
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, sent)
+    if dist.get_rank() != 0:
+        return {}
+    values: dict[str, np.ndarray] = {}
+    times: dict[str, np.ndarray] = {}
+    pieces = [(name, *entry) for entries in by_rank for name, entry in entries.items()]
+    for name, shape, _, boxes in pieces:
+        for box, owned, part in boxes:
+            if owned:
+                values.setdefault(name, np.full(shape, np.nan, part.dtype))[box.slices()] = part
+                times.setdefault(name, np.zeros(shape, np.int64))[box.slices()] += 1
+    for name, shape, tied_to, boxes in pieces:
+        if tied_to is None and not (times.get(name, np.zeros(shape)) == 1).all():
+            problems.append(f"{name}: owned boxes do not tile it exactly once")
+        for box, _, part in boxes:
+            if not np.array_equal(values[tied_to or name][box.slices()], part):
+                problems.append(f"{name}: a copy of {box} differs from its owner's")
+    return values
+
+
+def parameters_of(model: Any, problems: list[str]) -> dict[str, np.ndarray]:
+    """Whole parameters of a spread model, on rank 0."""
+    from rung.layout import local_view
+
+    logical = model.logical_tensors()
+    return assembled({name: (logical[name], local_view(p)) for name, p in model.named_parameters()}, problems)
 
 
 def run_case(case: Case, corpus: str, mutant: str | None = None, thorough: bool = False) -> Record | None:
@@ -254,7 +397,7 @@ def run_case(case: Case, corpus: str, mutant: str | None = None, thorough: bool 
     from law.mutants import MUTANTS
 
     from rung.data import open_data
-    from rung.layout import local_view, logical_tensors
+    from rung.layout import local_view
     from rung.loop import train
     from rung.parallel import World
     from rung.recipes.config import load_config
@@ -266,25 +409,23 @@ def run_case(case: Case, corpus: str, mutant: str | None = None, thorough: bool 
     torch._dynamo.reset()  # one process runs more models here than a run ever has
     with MUTANTS[mutant]() if mutant else contextlib.nullcontext(), compiler(case, everywhere=thorough):
         run = assemble(config, layout, world, UnevenLabels(open_data(config.data, config.run.seed)), recorder)
-        recorder.record.initial = {name: whole(p) for name, p in logical_parameters(run.model)}
-        logical = logical_tensors(run.model)
-        for name, parameter in logical_parameters(run.model):
+        recorder.record.initial = parameters_of(run.model, recorder.record.problems)
+        logical = run.model.logical_tensors()
+        for name, parameter in run.model.named_parameters():
             if parameter.ndim == 1:
                 values = torch.from_numpy(perturbed(name, parameter.numel()))
                 for box, place, _ in logical[name].pieces():
                     local_view(parameter).data[place] = values[box.slices()]
-        run.optimizer = RecordingOptimizer(run.optimizer, run.model, recorder.record)
+        run.optimizer = RecordingOptimizer(run.optimizer, run.parameters, recorder.record)
         train(run)
-        recorder.record.final = {name: whole(p) for name, p in logical_parameters(run.model)}
+        recorder.record.final = parameters_of(run.model, recorder.record.problems)
     return recorder.record if dist.get_rank() == 0 else None
 
 
 def compiler(case: Case, *, everywhere: bool) -> contextlib.AbstractContextManager[Any]:
-    """inductor on one or two ranks, or ``everywhere``; elsewhere the same graphs without code generation.
-
-    Four ranks would generate the same C++ at the same time, which takes minutes on two cores.
-    """
-    if everywhere or world_size(case) <= 2:
+    """inductor where only the data is spread, or ``everywhere``; elsewhere the same graphs without code generation,
+    which takes a minute when ranks generate C++ side by side."""
+    if everywhere or {case["tensor"], case["pipeline"], case["context"]} == {"none"}:
         return contextlib.nullcontext()
     return mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
@@ -304,7 +445,8 @@ def one_process(case: Case, corpus: str) -> Record:
 
     size = global_batch_size(case)
     plain = {**case, "dp_shard": 1, "dp_replicate": 1, "micro_batch_size": size, "accumulation": 1}
-    plain |= {"recompute": "none", "compile": False, "reshard": True, "defer_sync": False}
+    plain |= {"tensor": "none", "pipeline": "none", "context": "none"}
+    plain |= {"recompute": "none", "compile": False, "reshard": None, "defer_sync": False}
     config, _ = load_config(overrides(plain, corpus), 1)
     model = build(config.model, draws_seed=config.run.seed).to(dtypes(config.precision).parameters)
     rules = model.init_rules()
@@ -331,8 +473,8 @@ def one_process(case: Case, corpus: str) -> Record:
     for step in range(1, STEPS + 1):
         ids = order.sample_ids(size * (step - 1), size)
         batch, labels = cut(folder.train.dataset, ids & ((1 << 40) - 1), ids, case["packed"])
-        labels[torch.from_numpy(ignored(ids, 12))] = -100
-        loss = nll(model(**batch, step=torch.tensor(step)), labels) / int((labels != -100).sum())
+        labels[torch.from_numpy(ignored(ids, SEQ_LEN))] = -100
+        loss = nll(model(**batch, step=torch.tensor(step)), labels) / max(1, int((labels != -100).sum()))
         loss.backward()
         norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))  # type: ignore[union-attr, arg-type]
         record.losses.append(loss.item())
@@ -357,18 +499,19 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cut(tokens: Any, windows: np.ndarray, sample_ids: np.ndarray, packed: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Windows of 12 tokens and their labels, straight from the token stream."""
+    """Windows of SEQ_LEN tokens and their labels, straight from the token stream."""
     stream = torch.from_numpy(np.asarray(tokens.tokens(0, tokens.num_tokens)).astype(np.int64))
     documents = torch.from_numpy(np.repeat(np.arange(tokens.num_documents), tokens.document_lengths()))
     inputs, labels, ids = [], [], []
     for window in windows:
-        inputs.append(stream[12 * window : 12 * window + 12])
-        labels.append(stream[12 * window + 1 : 12 * window + 13])
-        ids.append(documents[12 * window : 12 * window + 12])
+        first, last = SEQ_LEN * window, SEQ_LEN * (window + 1)
+        inputs.append(stream[first:last])
+        labels.append(stream[first + 1 : last + 1])
+        ids.append(documents[first:last])
     fields = {
         "tokens_BT": torch.stack(inputs),
         "sample_ids_B": torch.from_numpy(np.asarray(sample_ids)),
-        "positions_BT": torch.arange(12).expand(len(inputs), 12),
+        "positions_BT": torch.arange(SEQ_LEN).expand(len(inputs), SEQ_LEN),
     }
     return fields | ({"document_ids_BT": torch.stack(ids)} if packed else {}), torch.stack(labels)
 
@@ -385,10 +528,10 @@ def evaluate_plainly(
     total, count, size = 0.0, 0, 0
     model.eval()
     with torch.no_grad():
-        starts = range(0, len(stream) - 1, 12)
+        starts = range(0, len(stream) - 1, SEQ_LEN)
         number = min(windows or len(starts), len(starts))
         for start in [starts[index * len(starts) // number] for index in range(number)]:
-            part = stream[start : start + 13]
+            part = stream[start : start + SEQ_LEN + 1]
             fields = {"tokens_BT": part[None, :-1]} | (
                 {"document_ids_BT": documents[None, start : start + len(part) - 1]} if packed else {}
             )

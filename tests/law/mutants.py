@@ -44,14 +44,14 @@ def mean_of_micro_batch_means() -> Iterator[None]:
 
     real = parts.forward_backward
 
-    def wrong(model: Any, objective: Any, batch: Any, step: Any, sync: Any) -> Any:
+    def wrong(model: Any, objective: Any, batch: Any, step: Any) -> Any:
         totals: dict[str, Any] = {}
         for micro in batch.micro_batches:
             counts = {
                 k: int(v) * len(batch.micro_batches) * dist.get_world_size() for k, v in objective.counts(micro).items()
             }
             part = parts.StepBatch(batch.sample_ids, [micro], counts, batch.stop)
-            for name, value in real(model, objective, part, step, sync).items():
+            for name, value in real(model, objective, part, step).items():
                 totals[name] = totals.get(name, 0) + value
         return totals
 
@@ -77,7 +77,7 @@ def counts_stay_local() -> Iterator[None]:
 @mutant(accumulation=2)
 def last_micro_batch_overwrites_gradients() -> Iterator[None]:
     """Gradients are cleared between micro-batches."""
-    parts = import_module("rung.loop.step")
+    parts = import_module("rung.parallel.spread")
 
     real = parts.run_model
 
@@ -92,10 +92,10 @@ def last_micro_batch_overwrites_gradients() -> Iterator[None]:
 @mutant(accumulation=2, defer_sync=True)
 def deferred_sum_never_happens() -> Iterator[None]:
     """The last micro-batch is not told that it is the last."""
-    from rung.parallel import GradientSync
+    from rung.parallel import SpreadModel
 
-    real = GradientSync.__call__
-    with mock.patch.object(GradientSync, "__call__", lambda self, *, is_last: real(self, is_last=False)):
+    real = SpreadModel._synchronize
+    with mock.patch.object(SpreadModel, "_synchronize", lambda self, *, is_last: real(self, is_last=False)):
         yield
 
 
@@ -179,7 +179,8 @@ def tie_lost_when_materialised() -> Iterator[None]:
 
     def wrong(model: Any, device: Any, seed: int) -> None:
         real(model, device, seed)
-        model.lm_head.weight = torch.nn.Parameter(model.embed_tokens.weight.detach().clone())
+        part = model.parts[0]
+        part.lm_head.weight = torch.nn.Parameter(part.embed_tokens.weight.detach().clone())
 
     with mock.patch.object(recipe, "initialize", wrong):
         yield
@@ -188,7 +189,7 @@ def tie_lost_when_materialised() -> Iterator[None]:
 @mutant(dropout=0.25)
 def dropout_by_row_of_the_micro_batch() -> Iterator[None]:
     """Draws are keyed by the row in the micro-batch instead of the sample."""
-    parts = import_module("rung.loop.step")
+    parts = import_module("rung.parallel.spread")
 
     real = parts.run_model
 
@@ -203,7 +204,7 @@ def dropout_by_row_of_the_micro_batch() -> Iterator[None]:
 @mutant(dropout=0.25)
 def dropout_same_in_every_step() -> Iterator[None]:
     """Draws do not know the step."""
-    parts = import_module("rung.loop.step")
+    parts = import_module("rung.parallel.spread")
 
     real = parts.run_model
     with mock.patch.object(
@@ -232,7 +233,7 @@ def recompute_draws_again() -> Iterator[None]:
 @mutant(packed=True)
 def documents_see_each_other() -> Iterator[None]:
     """Document ids are dropped on the way to the model."""
-    parts = import_module("rung.loop.step")
+    parts = import_module("rung.parallel.spread")
 
     real = parts.run_model
 
@@ -293,26 +294,20 @@ def loss_of_one_rank() -> Iterator[None]:
 @mutant(optim="muon", clip=0.0)
 def muon_orthogonalises_shards() -> Iterator[None]:
     """Each rank orthogonalises the rows it holds."""
-    module = import_module("rung.parallel.gradients")
+    from dataclasses import replace
 
-    real = module.local_parameters
     from rung.layout import LogicalTensor
 
-    recipe = import_module("rung.recipes.pretrain")
+    module = import_module("rung.optim.muon")
+    real = module.Muon.__init__
 
-    def wrong(model: Any) -> Any:
-        from dataclasses import replace
+    def alone(p: Any) -> Any:
+        logical = LogicalTensor.from_spec(p.name, tuple(p.local.shape), p.local.dtype, {}, {}, {})
+        return replace(p, logical=logical, group=None) if p.local.ndim == 2 and p.local.numel() else p
 
-        return [
-            replace(
-                p, logical=LogicalTensor.from_spec(p.name, tuple(p.local.shape), p.local.dtype, {}, {}, {}), group=None
-            )
-            if p.local.ndim == 2 and p.local.numel()
-            else p
-            for p in real(model)
-        ]
-
-    with mock.patch.object(recipe, "local_parameters", wrong):
+    with mock.patch.object(
+        module.Muon, "__init__", lambda self, ps, config: real(self, [alone(p) for p in ps], config)
+    ):
         yield
 
 
@@ -407,4 +402,257 @@ def small_gradients_scaled_up() -> Iterator[None]:
         real(self, lr, grad_scale=torch.full_like(grad_scale, 1e-3), skip=skip)
 
     with mock.patch.object(RecordingOptimizer, "step", wrong):
+        yield
+
+
+@mutant(tensor="2", dp_shard=1)
+def norms_keep_their_tokens_gradients() -> Iterator[None]:
+    """Gradients of what is a copy on every tensor rank stay each rank's own."""
+    module = import_module("rung.parallel.spread")
+
+    with mock.patch.object(module, "add_partial_gradients", lambda partial, group: None):
+        yield
+
+
+@mutant(tensor="4", dp_shard=1, kv_heads=2)
+def shared_heads_summed_over_all() -> Iterator[None]:
+    """K/V heads that two ranks share get the gradients of all four."""
+    module = import_module("rung.parallel.spread")
+    real = module.add_partial_gradients
+
+    def wrong(partial: Any, group: Any) -> None:
+        real([p._replace(replicas=group.size()) for p in partial], group)
+
+    with mock.patch.object(module, "add_partial_gradients", wrong):
+        yield
+
+
+@mutant(tensor="2-whole-stream", dp_shard=1)
+def region_gradients_stay_partial() -> Iterator[None]:
+    """What enters a split region gets the gradient of this rank's features only."""
+    module = import_module("rung.parallel.tensor")
+
+    with mock.patch.object(module, "all_reduce_backward", lambda x, group: x):
+        yield
+
+
+@mutant(tensor="2", dp_shard=1, tied=True)
+def head_input_gradient_not_summed() -> Iterator[None]:
+    """The gradient of what the head reads is this rank's columns', scaled up."""
+    module = import_module("rung.parallel.collectives")
+    real = module._reduce_scatter
+
+    def wrong(x: Any, dim: int, name: str) -> Any:
+        if torch._C._current_graph_task_id() == -1:
+            return real(x, dim, name)
+        group = module.group_by_name(name)
+        return x.chunk(group.size(), dim)[group.rank()].contiguous() * group.size()
+
+    with mock.patch.object(module, "_reduce_scatter", wrong):
+        yield
+
+
+@mutant(tensor="2", dp_shard=1, dropout=0.25)
+def stream_dropout_by_local_position() -> Iterator[None]:
+    """Every tensor rank draws for the first part of the tokens."""
+    module = import_module("rung.models.decoder")
+    real = module.dropout_mask
+
+    def wrong(key: Any, sample_ids: Any, positions: Any, *args: Any) -> Any:
+        return real(key, sample_ids, positions - positions[:, :1], *args)
+
+    with mock.patch.object(module, "dropout_mask", wrong):
+        yield
+
+
+@mutant(tensor="2", dp_shard=1)
+def vocabulary_starts_at_zero() -> Iterator[None]:
+    """Every rank takes its columns for the first of the vocabulary."""
+    from rung.parallel import SpreadModel
+
+    real = SpreadModel._vocabulary
+    with mock.patch.object(SpreadModel, "_vocabulary", lambda self: (0, real(self)[1])):
+        yield
+
+
+@mutant(tensor="2", dp_shard=1)
+def loss_counted_by_every_tensor_rank() -> Iterator[None]:
+    """Ranks that share a vocabulary each report the loss."""
+    from rung.parallel import SpreadModel
+
+    with mock.patch.object(SpreadModel, "counts_outputs", property(lambda self: self.has_last_stage)):
+        yield
+
+
+@mutant(pipeline="1f1b-2", accumulation=2, dp_shard=1)
+def labels_counted_by_every_stage() -> Iterator[None]:
+    """Ranks that read the same tokens each count them."""
+    from rung.layout import Layout
+
+    with mock.patch.object(Layout, "counts_tokens", lambda self, rank: True):
+        yield
+
+
+@mutant(context="ring-2", dp_shard=1)
+def norm_counts_one_context_rank() -> Iterator[None]:
+    """Context ranks are taken for copies: only the first one's share enters the norm."""
+    page = import_module("rung.loop.train")
+    real = page.squared_norm
+
+    def wrong(parameters: Any, device: Any) -> Any:
+        return real(parameters, device) * (2 if dist.get_rank() == 0 else 0)
+
+    with mock.patch.object(page, "squared_norm", wrong):
+        yield
+
+
+@mutant(pipeline="gpipe-2", accumulation=2, dp_shard=1)
+def schedule_divides_by_micro_batches() -> Iterator[None]:
+    """torch's default: gradients are scaled by the number of micro-batches."""
+    module = import_module("rung.parallel.pipeline")
+    real = module.ScheduleGPipe
+
+    def wrong(*args: Any, scale_grads: bool, **kwargs: Any) -> Any:
+        return real(*args, **kwargs)
+
+    with mock.patch.dict(module._SCHEDULES, {"gpipe": wrong}):
+        yield
+
+
+@mutant(pipeline="1f1b-2", accumulation=2, dp_shard=1, tied=True)
+def tied_stages_learn_apart() -> Iterator[None]:
+    """The embedding and the head of different stages keep their own gradients."""
+    module = import_module("rung.parallel.spread")
+
+    with mock.patch.object(module, "sum_tied_gradients", lambda *args: None):
+        yield
+
+
+@mutant(pipeline="zbv-2", accumulation=2, dp_shard=1, tied=True)
+def tied_table_counted_twice() -> Iterator[None]:
+    """The norm counts the table of the first stage and that of the last."""
+    from rung.parallel import SpreadModel
+
+    real = SpreadModel.logical_tensors
+
+    def wrong(self: Any) -> Any:
+        from rung.layout import LogicalTensor
+
+        found = real(self)
+        alias = found.get("lm_head.weight")
+        if alias is not None:
+            shape = alias.shape
+            found["lm_head.weight"] = LogicalTensor.from_spec("lm_head.weight", shape, alias.dtype, {}, {}, {})
+        return found
+
+    recipe = SpreadModel.local_parameters
+
+    def parameters(self: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(SpreadModel, "logical_tensors", wrong):
+            return recipe(self, **kwargs)
+
+    with mock.patch.object(SpreadModel, "local_parameters", parameters):
+        yield
+
+
+@mutant(pipeline="interleaved-2", accumulation=2, dp_shard=1)
+def loss_of_another_micro_batch() -> Iterator[None]:
+    """The last stage holds outputs against the labels of the next micro-batch."""
+    from rung.parallel.pipeline import Pipeline
+
+    real = Pipeline._loss_of
+    with mock.patch.object(
+        Pipeline, "_loss_of", lambda self, outputs, number: real(self, outputs, (number + 1) % len(self._batches))
+    ):
+        yield
+
+
+@mutant(pipeline="1f1b-2", accumulation=2, dp_shard=1, dropout=0.25)
+def stages_forget_the_step() -> Iterator[None]:
+    """Draws inside a pipeline do not know the step."""
+    from rung.parallel.pipeline import Pipeline
+
+    real = Pipeline.forward_backward
+    with mock.patch.object(
+        Pipeline,
+        "forward_backward",
+        lambda self, batches, step, loss: real(self, batches, torch.zeros_like(step), loss),
+    ):
+        yield
+
+
+@mutant(context="ring-2", dp_shard=1)
+def tokens_dealt_in_order() -> Iterator[None]:
+    """Context ranks get one stretch of tokens each, while attention believes in the zigzag."""
+    from rung.layout.context import Zigzag
+
+    module = import_module("rung.loop.step")
+    real = module.cut_context
+
+    def stretch(self: Any, place: int) -> Any:
+        starts = (2 * place * self.chunk, (2 * place + 1) * self.chunk)
+        return [range(start, start + self.chunk) for start in starts]
+
+    def wrong(batch: Any, layout: Any, rank: int) -> Any:
+        with mock.patch.object(Zigzag, "ranges", stretch):
+            return real(batch, layout, rank)
+
+    with mock.patch.object(module, "cut_context", wrong):
+        yield
+
+
+@mutant(context="ring-2", dp_shard=1)
+def ring_parts_averaged() -> Iterator[None]:
+    """Parts of attention are averaged instead of weighted by their log-sum-exp."""
+    module = import_module("rung.parallel.context")
+
+    with mock.patch.object(module, "merge_lse", lambda out_a, lse_a, out_b, lse_b: ((out_a + out_b) / 2, lse_a)):
+        yield
+
+
+@mutant(context="ring-2", dp_shard=1)
+def ring_gradients_stay_where_they_were_made() -> Iterator[None]:
+    """Gradients of keys and values are never sent home."""
+    module = import_module("rung.parallel.context")
+    real = module._Ring.pass_on
+
+    def wrong(self: Any, messages: Any) -> Any:
+        if torch._C._current_graph_task_id() != -1 and len(messages) == 1 and messages[0].dim() == 5 and self.sent:
+            return module._Hop(messages, list(messages), [])
+        self.sent = True
+        return real(self, messages)
+
+    with mock.patch.object(module._Ring, "pass_on", wrong), mock.patch.object(module._Ring, "sent", False, create=True):
+        yield
+
+
+@mutant(context="ring-2", dp_shard=1, packed=True)
+def ring_forgets_documents() -> Iterator[None]:
+    """Attention over the ring does not compare documents."""
+    module = import_module("rung.parallel.context")
+
+    with mock.patch.object(module.ContextMask, "forward", lambda self, positions, documents: None):
+        yield
+
+
+@mutant(context="ulysses-2", dp_shard=1)
+def exchanged_tokens_out_of_order() -> Iterator[None]:
+    """What neighbours exchange is joined rank by rank, not in the order of the window."""
+    module = import_module("rung.parallel.context")
+
+    with mock.patch.object(module, "_assemble", lambda pieces: pieces.movedim(0, 1).flatten(1, 2)):
+        yield
+
+
+@mutant(context="ring-2", dp_shard=1, dropout=0.25)
+def context_dropout_by_local_position() -> Iterator[None]:
+    """Draws know the index among the tokens of a rank, not in the window."""
+    module = import_module("rung.models.decoder")
+    real = module.dropout_mask
+
+    def wrong(key: Any, sample_ids: Any, positions: Any, *args: Any) -> Any:
+        local = torch.arange(positions.shape[1]).expand_as(positions)
+        return real(key, sample_ids, local, *args)
+
+    with mock.patch.object(module, "dropout_mask", wrong):
         yield

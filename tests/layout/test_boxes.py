@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rung.layout import Box
-from rung.layout.boxes import split
+from rung.layout.boxes import Run, split
 
 
 def test_box_arithmetic():
@@ -23,7 +23,7 @@ def test_box_arithmetic():
 def test_split_is_torch_chunk(size, parts):
     chunks = [chunk.tolist() for chunk in torch.arange(size).chunk(parts)] if size else []
     mine = [
-        [start + i for start, length in split([(0, size)], parts, index) for i in range(length)]
+        [run.start + i for run in split([Run(0, size)], parts, index) for i in range(run.length)]
         for index in range(parts)
     ]
     assert [part for part in mine if part] == chunks

@@ -36,7 +36,6 @@ def distributed_tensors(line: DeviceMesh, square: DeviceMesh) -> dict[str, DTens
         (line, (1, 2), [Shard(0)]),
         (line, (3, 6), [Shard(1)]),
         (line, (3, 2), [COPY]),
-        (line, (8, 3), [_StridedShard(0, split_factor=2)]),  # a fused gate_up projection
         (square, (5, 7), [Shard(0), Shard(1)]),
         (square, (7, 2), [Shard(0), Shard(0)]),
         (square, (1, 3), [Shard(0), Shard(0)]),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rung.loop import step as parts
+from rung.parallel import spread as parts
 
 Rung = Callable[..., Any]
 
@@ -55,7 +55,7 @@ def test_skipping_leaves_every_bit(tiny: list[str], poison: Callable[[set[int]],
 
     class Quiet(Recorder):
         def end(self, step: int, batch: Any, lr: float, loss: Any, norm: Any, skipped: Any) -> None:
-            weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]).clone())
+            weights.append(torch.cat([p.detach().flatten() for _, p in run.model.named_parameters()]).clone())
 
     poison({2})
     weights: list[torch.Tensor] = []

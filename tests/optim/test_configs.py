@@ -59,6 +59,6 @@ def test_all_problems_are_told_at_once(config: OptimConfig, keys: str) -> None:
 def test_build_optimizer_makes_what_is_named() -> None:
     weight = torch.ones(4, 4)
     parameter = LocalParameter("w.weight", weight, LogicalTensor.from_tensor("w.weight", weight))
-    for name, (schema, _) in OPTIMIZERS.items():
+    for name, (schema, *_) in OPTIMIZERS.items():
         assert type(build_optimizer(schema(), [parameter])).__name__.lower() == name
         assert build_optimizer(schema(), []).named_state() == {}

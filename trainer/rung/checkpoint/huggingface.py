@@ -6,11 +6,12 @@ there is a tokenizer, tokenizer.json and tokenizer_config.json. transformers is 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def export_huggingface(
     stream is consumed once and at most one shard is held in memory. tokenizer_json: a file of the ``tokenizers``
     library. eos_id: the id that ends a document, if any. max_shard_bytes: only a shard of one tensor may be larger.
     """
+    if config.fused_qkv:
+        tensors, config = _separate(tensors, config), dataclasses.replace(config, fused_qkv=False)
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} already exists and is not an empty folder; remove it or choose another")
@@ -68,6 +71,19 @@ def export_huggingface(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _separate(tensors: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Query, key and value projections of their own, as transformers has them."""
+    keys = config.num_key_value_heads * config.head_dim
+    for name, tensor in tensors:
+        if "qkv_proj" not in name:
+            yield name, tensor
+            continue
+        parts = tensor.split([config.num_attention_heads * config.head_dim, keys, keys])
+        yield from (
+            (name.replace("qkv_proj", f"{letter}_proj"), part) for letter, part in zip("qkv", parts, strict=True)
+        )
 
 
 def _write_shards(

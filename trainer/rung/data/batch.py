@@ -51,6 +51,11 @@ class Batch:
         pieces = {name: tensor.split(num_sequences) for name, tensor in self._tensors().items()}
         return [Batch(**dict(zip(pieces, piece, strict=True))) for piece in zip(*pieces.values(), strict=True)]
 
+    def take(self, positions: Tensor) -> Batch:
+        """The same sequences with these indices of T only, int64; what names a sequence stays."""
+        cut = {name: tensor.index_select(1, positions) for name, tensor in self._tensors().items() if tensor.dim() > 1}
+        return dataclasses.replace(self, **cut)
+
     def _tensors(self) -> dict[str, Tensor]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if value is not None}

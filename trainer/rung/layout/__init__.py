@@ -2,6 +2,17 @@
 
 from rung.layout.boxes import Box
 from rung.layout.layout import Layout
-from rung.layout.logical import Facts, LogicalTensor, Piece, Shard, clean_name, local_view, logical_tensors
+from rung.layout.logical import Facts, LogicalTensor, Piece, Section, Shard, clean_name, local_view, logical_tensors
 
-__all__ = ["Box", "Facts", "Layout", "LogicalTensor", "Piece", "Shard", "clean_name", "local_view", "logical_tensors"]
+__all__ = [
+    "Box",
+    "Facts",
+    "Layout",
+    "LogicalTensor",
+    "Piece",
+    "Section",
+    "Shard",
+    "clean_name",
+    "local_view",
+    "logical_tensors",
+]

@@ -5,11 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
-__all__ = ["Box"]
+__all__ = ["Box", "Section"]
 
-Run = tuple[int, int]
-"""Start and length of consecutive indices along one dim."""
+
+class Run(NamedTuple):
+    """Consecutive indices along one dim, as a rank holds them."""
+
+    start: int
+    length: int
+    owned: bool = True
+    """Whether the rank is the first of those that hold them as copies along the axes that split the dim."""
+
+
+class Section(NamedTuple):
+    """Consecutive indices along one dim that are split over an axis by themselves."""
+
+    size: int
+    """Number of indices."""
+    replicas: int = 1
+    """Neighbours on the axis that hold one part together; a divisor of the axis' size. The first of them owns it."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +60,40 @@ class Box:
         return Box(offsets, self.sizes)
 
 
-def split(runs: Sequence[Run], parts: int, index: int, pieces: int = 1) -> list[Run]:
-    """Part ``index`` of ``parts`` of the indices in ``runs`` by torch.chunk's rule: the last may be short or empty.
-
-    With ``pieces``, the indices are that many pieces one after another (a fused projection) and each of them is split.
-    """
-    if pieces > 1:
-        return [run for piece in range(pieces) for run in split(split(runs, pieces, piece), parts, index)]
-    total = sum(length for _, length in runs)
+def split(runs: Sequence[Run], parts: int, index: int) -> list[Run]:
+    """Part ``index`` of ``parts`` of the indices in ``runs`` by torch.chunk's rule: the last may be short or empty."""
+    total = sum(run.length for run in runs)
     step = -(-total // parts)
-    first, last = min(index * step, total), min((index + 1) * step, total)
+    return _cut(runs, min(index * step, total), min((index + 1) * step, total))
+
+
+def split_sections(runs: Sequence[Run], sections: Sequence[Section], size: int, place: int) -> list[Run]:
+    """What of ``runs`` the rank at ``place`` on an axis of ``size`` gets: its part of each section, in their order.
+
+    The sections lie one after another from index 0 on and hold all of ``runs``.
+    """
+    found, start = [], 0
+    for section in sections:
+        inside = _within(runs, start, start + section.size)
+        part = split(inside, size // section.replicas, place // section.replicas)
+        first = place % section.replicas == 0
+        found += [run._replace(owned=run.owned and first) for run in part]
+        start += section.size
+    return found
+
+
+def _cut(runs: Sequence[Run], first: int, last: int) -> list[Run]:
+    """The runs' indices number ``first`` to ``last``, counted along the runs."""
     part, position = [], 0
-    for start, length in runs:
-        begin, end = max(first - position, 0), min(last - position, length)
+    for run in runs:
+        begin, end = max(first - position, 0), min(last - position, run.length)
         if begin < end:
-            part.append((start + begin, end - begin))
-        position += length
+            part.append(run._replace(start=run.start + begin, length=end - begin))
+        position += run.length
     return part
+
+
+def _within(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
+    """The indices in ``runs`` from ``start`` up to ``stop``."""
+    clipped = [(run, max(run.start, start), min(run.start + run.length, stop)) for run in runs]
+    return [run._replace(start=begin, length=end - begin) for run, begin, end in clipped if begin < end]

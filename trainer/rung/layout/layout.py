@@ -84,6 +84,15 @@ class Layout:
         place = self.coordinate(rank)
         return place["dp_replicate"] * self.dp_shard + place["dp_shard"]
 
+    def counts_samples(self, rank: int) -> bool:
+        """Whether this rank, of those that read the same samples, is the one that counts them."""
+        return self.counts_tokens(rank) and self.coordinate(rank)["cp"] == 0
+
+    def counts_tokens(self, rank: int) -> bool:
+        """Whether this rank, of those that read the same tokens, is the one that counts them."""
+        place = self.coordinate(rank)
+        return place["tp"] == 0 and place["pp"] == 0
+
     def groups(self, *axes: str) -> list[list[int]]:
         """The groups of ranks that differ along these axes only, in order; axes of ``mesh`` or of ``expert_mesh``."""
         mesh = self.mesh if set(axes) <= self.mesh.keys() else self.expert_mesh

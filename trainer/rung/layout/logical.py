@@ -11,23 +11,30 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
-from rung.layout.boxes import Box, Run, split
+from rung.layout.boxes import Box, Run, Section, split_sections
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["Facts", "LogicalTensor", "Piece", "Shard", "clean_name", "local_view", "logical_tensors"]
+__all__ = ["Facts", "LogicalTensor", "Piece", "Section", "Shard", "clean_name", "local_view", "logical_tensors"]
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Shard(NamedTuple):
-    """A dim split over an axis by the rule of torch.chunk; with ``pieces``, each of that many equal pieces is split."""
+    """A dim split over an axis by the rule of torch.chunk: all of it at once, or section by section.
+
+    Sections are for fused projections: in query, key and value rows one after another, each rank gets its rows of each,
+    and of few key and value heads several ranks get the same rows::
+
+        Shard(0, (Section(num_heads * head_dim), *[Section(num_kv_heads * head_dim, replicas=tp // num_kv_heads)] * 2))
+    """
 
     dim: int
-    pieces: int = 1
+    sections: tuple[Section, ...] = ()
+    """What lies one after another along the stored dim, all of it; empty: the dim is one section."""
 
 
 class Piece(NamedTuple):
@@ -42,10 +49,11 @@ class Piece(NamedTuple):
 
 
 class Facts(TypedDict, total=False):
-    """What a DTensor does not say about itself; see ``LogicalTensor.from_spec``."""
+    """What a DTensor does not say about itself; see ``LogicalTensor.from_tensor``."""
 
     shape: Sequence[int]
     replicas: Mapping[str, int]
+    sections: Mapping[str, Sequence[Section]]
     tied_to: str | None
 
 
@@ -55,9 +63,9 @@ class _Spread:
 
     stored_shape: tuple[int, ...]
     splits: tuple[tuple[str, Shard], ...]
+    """Every Shard with its sections."""
     sizes: Mapping[str, int]
     coordinates: Mapping[str, int]
-    replicas: Mapping[str, int]
     stages: tuple[int, ...] | None
 
 
@@ -74,7 +82,7 @@ class LogicalTensor:
     owned: tuple[bool, ...]
     """Per box, whether this rank owns it. On all ranks together, owned boxes tile the tensor exactly once."""
     replicated_over: tuple[str, ...]
-    """Axes along which other ranks hold the same boxes."""
+    """Axes along which other ranks hold boxes of the same elements: all of them, or those of a replicated section."""
     local_boxes: tuple[Box, ...]
     """Per box, where it sits in the local tensor."""
     local_shape: tuple[int, ...]
@@ -129,18 +137,29 @@ class LogicalTensor:
             coordinates: this rank's place on them.
             padded_shape: the shape that is stored and split, where it is larger than ``shape``. Padding follows the
                 elements in its dim and lies in no box.
-            replicas: sharded axis to the number of neighbours on it that hold one part together. 2 K/V heads on tp=8
-                are {"tp": 4}: rank r holds head r // 4, and ranks 0 and 4 own them. ``shape`` stays that of 2 heads.
+            replicas: sharded axis to the number of neighbours on it that hold one part together, short for one Section
+                with as many. 2 K/V heads on tp=8 are {"tp": 4}: rank r holds head r // 4, and ranks 0 and 4 own them.
+                ``shape`` stays that of 2 heads.
             stage: the place on axis "pp" that holds the tensor, or all places that do, the owner first. None: "pp" is
                 an axis like any other.
             tied_to: name of the tensor of which this is an alias.
+
+        Raises:
+            ValueError: no tensor can be spread like this; says all that is wrong.
         """
+        stored_shape = tuple(shape if padded_shape is None else padded_shape)
+        splits = {axis: shard for axis, shard in placements.items() if shard is not None}
+        problems = _problems(tuple(shape), stored_shape, splits, sizes, coordinates, replicas or {}, stage)
+        if problems:
+            raise ValueError(f"{name}: {'; '.join(problems)}")
+        for axis, (dim, sections) in splits.items():
+            whole = (Section(stored_shape[dim], (replicas or {}).get(axis, 1)),)
+            splits[axis] = Shard(dim, tuple(sections) or whole)
         spread = _Spread(
-            stored_shape=tuple(shape if padded_shape is None else padded_shape),
-            splits=tuple((axis, shard) for axis, shard in placements.items() if shard is not None),
+            stored_shape=stored_shape,
+            splits=tuple(splits.items()),
             sizes=dict(sizes),
             coordinates=dict(coordinates),
-            replicas=dict(replicas or {}),
             stages=None if stage is None else (stage,) if isinstance(stage, int) else tuple(stage),
         )
         return _place(name, tuple(shape), dtype, spread, tied_to)
@@ -154,24 +173,32 @@ class LogicalTensor:
         holders: Sequence[int] | None = None,
         shape: Sequence[int] | None = None,
         replicas: Mapping[str, int] | None = None,
+        sections: Mapping[str, Sequence[Section]] | None = None,
         tied_to: str | None = None,
     ) -> LogicalTensor:
         """A tensor as it is: a DTensor by its mesh and placements, any other as a copy that ``holders`` hold alike.
+
+        A DTensor whose plain Shard over an axis holds, on each rank, its part of every section one after another says
+        so with ``sections``. FSDP may have split these rows again.
 
         Args:
             holders: global ranks that hold a plain tensor, the owner first; None: every rank.
             shape: the logical shape, where the tensor is stored with padding.
             replicas: as in ``from_spec``, where the DTensor's shape counts every copy.
+            sections: sharded axis to what ``Shard.sections`` says; the DTensor's shape counts every copy.
             tied_to: as in ``from_spec``.
 
         Raises:
-            ValueError: a DTensor is a partial sum, or its local tensor is not what its placements say.
+            ValueError: a DTensor is a partial sum, or its shape or local tensor is not what its placements, replicas
+                and sections say; or replicas or sections are given for a tensor that is no DTensor.
         """
         from torch import distributed
         from torch.distributed.tensor import DTensor
 
         if isinstance(tensor, DTensor):
-            return _from_dtensor(name, tensor, shape, replicas or {}, tied_to)
+            return _from_dtensor(name, tensor, shape, replicas or {}, sections or {}, tied_to)
+        if replicas or sections:
+            raise ValueError(f"{name}: replicas and sections are parts of a sharded tensor, and this is no DTensor")
         alone = not (distributed.is_available() and distributed.is_initialized())
         holders = holders or range(1 if alone else distributed.get_world_size())
         sizes = {"world": len(holders)}
@@ -223,110 +250,160 @@ def _place(
     name: str, shape: tuple[int, ...], dtype: torch.dtype | str, spread: _Spread, tied_to: str | None
 ) -> LogicalTensor:
     """The tensor as the rank at ``spread.coordinates`` holds it."""
-    _check(name, shape, spread)
+    if problems := _misplaced(spread.sizes, spread.coordinates):
+        raise ValueError(f"{name}: {'; '.join(problems)}")
     copies = _copies(spread)
-    owns = tied_to is None and all(index == 0 for index, _ in copies.values())
     here = spread.stages is None or spread.coordinates["pp"] in spread.stages
     runs = _runs(spread) if here else [[] for _ in shape]
-    boxes, local_boxes = _boxes(runs, shape) if here else ((), ())
+    boxes, local_boxes, first = _boxes(runs, shape) if here else ((), (), ())
+    owns = tied_to is None and all(index == 0 for index, _ in copies.values())
+    replicated = {axis for axis, (_, number) in copies.items() if number > 1}
+    replicated |= {axis for axis, shard in spread.splits if any(section.replicas > 1 for section in shard.sections)}
     return LogicalTensor(
         name=name,
         shape=shape,
         dtype=dtype,
         boxes=boxes,
-        owned=(owns,) * len(boxes),
-        replicated_over=tuple(axis for axis, (_, number) in copies.items() if number > 1),
+        owned=tuple(owns and box_first for box_first in first),
+        replicated_over=tuple(axis for axis in spread.sizes if axis in replicated),
         local_boxes=local_boxes,
-        local_shape=tuple(sum(length for _, length in dim_runs) for dim_runs in runs),
+        local_shape=tuple(sum(run.length for run in dim_runs) for dim_runs in runs),
         tied_to=tied_to,
         _spread=spread,
     )
 
 
 def _copies(spread: _Spread) -> dict[str, tuple[int, int]]:
-    """Per axis: which copy this rank holds, and how many there are along the axis."""
+    """Per axis that does not shard the tensor: which copy this rank holds, and how many there are along the axis."""
     copies = {}
     sharded = dict(spread.splits)
     for axis, size in spread.sizes.items():
         place = spread.coordinates[axis]
-        if axis in sharded:
-            number = spread.replicas.get(axis, 1)
-            copies[axis] = (place % number, number)
-        elif axis == "pp" and spread.stages is not None:
+        if axis == "pp" and spread.stages is not None:
             copies[axis] = (spread.stages.index(place) if place in spread.stages else -1, len(spread.stages))
-        else:
+        elif axis not in sharded:
             copies[axis] = (place, size)
     return copies
 
 
 def _runs(spread: _Spread) -> list[list[Run]]:
     """Per dim: the stored indices that this rank holds, in the order of its local tensor."""
-    runs: list[list[Run]] = [[(0, size)] for size in spread.stored_shape]
-    for axis, (dim, pieces) in spread.splits:
-        number = spread.replicas.get(axis, 1)
-        parts, index = spread.sizes[axis] // number, spread.coordinates[axis] // number
-        runs[dim] = split(runs[dim], parts, index, pieces)
+    runs = [[Run(0, size)] for size in spread.stored_shape]
+    for axis, (dim, sections) in spread.splits:
+        runs[dim] = split_sections(runs[dim], sections, spread.sizes[axis], spread.coordinates[axis])
     return runs
 
 
-def _boxes(runs: list[list[Run]], shape: tuple[int, ...]) -> tuple[tuple[Box, ...], tuple[Box, ...]]:
-    """The boxes that runs of stored indices make up, without padding: in the logical and in the local tensor."""
+def _boxes(runs: list[list[Run]], shape: tuple[int, ...]) -> tuple[tuple[Box, ...], tuple[Box, ...], tuple[bool, ...]]:
+    """The boxes that runs of stored indices make up, without padding: in the logical and in the local tensor.
+
+    And per box whether every run of it is owned.
+    """
     dims = []
     for dim_runs, size in zip(runs, shape, strict=True):
         position, kept = 0, []
-        for start, length in dim_runs:
-            if start < size:
-                kept.append((start, position, min(length, size - start)))
-            position += length
+        for run in dim_runs:
+            if run.start < size:
+                kept.append((run.start, position, min(run.length, size - run.start), run.owned))
+            position += run.length
         dims.append(kept)
-    boxes, local_boxes = [], []
+    boxes, local_boxes, first = [], [], []
     for choice in product(*dims):
-        starts, positions, sizes = zip(*choice, strict=True) if choice else ((), (), ())
+        starts, positions, sizes, owned = zip(*choice, strict=True) if choice else ((), (), (), ())
         boxes.append(Box(starts, sizes))
         local_boxes.append(Box(positions, sizes))
-    return tuple(boxes), tuple(local_boxes)
+        first.append(all(owned))
+    return tuple(boxes), tuple(local_boxes), tuple(first)
 
 
-def _check(name: str, shape: tuple[int, ...], spread: _Spread) -> None:
-    """Raise ValueError, with all that is wrong, for a spread that no tensor can have."""
-    sizes, sharded = spread.sizes, dict(spread.splits)
-    problems = [
+def _misplaced(sizes: Mapping[str, int], coordinates: Mapping[str, int]) -> list[str]:
+    return [f"axis {axis!r} is not one of {tuple(sizes)}" for axis in coordinates if axis not in sizes] + [
+        f"coordinate {coordinates.get(axis)} on {axis!r} is not in range({size})"
+        for axis, size in sizes.items()
+        if coordinates.get(axis, -1) not in range(size)
+    ]
+
+
+def _problems(
+    shape: tuple[int, ...],
+    stored: tuple[int, ...],
+    splits: Mapping[str, Shard],
+    sizes: Mapping[str, int],
+    coordinates: Mapping[str, int],
+    replicas: Mapping[str, int],
+    stage: int | Sequence[int] | None,
+) -> list[str]:
+    """All that is wrong with how a tensor is said to be spread."""
+    problems = _misplaced(sizes, coordinates)
+    problems += [
         f"axis {axis!r} is not one of {tuple(sizes)}"
-        for axis in [*sharded, *spread.coordinates, *spread.replicas, *(["pp"] if spread.stages is not None else [])]
+        for axis in [*splits, *replicas, *(["pp"] if stage is not None else [])]
         if axis not in sizes
     ]
     problems += [
-        f"coordinate {spread.coordinates.get(axis)} on {axis!r} is not in range({size})"
-        for axis, size in sizes.items()
-        if spread.coordinates.get(axis, -1) not in range(size)
-    ]
-    problems += [
         f"{axis!r} shards dim {shard.dim} of {len(shape)}"
-        for axis, shard in sharded.items()
+        for axis, shard in splits.items()
         if shard.dim not in range(len(shape))
     ]
     problems += [
         f"replicas={number} on {axis!r}, which must be a sharded axis whose size it divides"
-        for axis, number in spread.replicas.items()
-        if axis not in sharded or sizes.get(axis, 0) % number
+        for axis, number in replicas.items()
+        if axis not in splits or not _divides(number, sizes.get(axis, 0))
     ]
-    stored = spread.stored_shape
+    for axis, (dim, sections) in splits.items():
+        if not sections or dim not in range(len(stored)):
+            continue
+        if axis in replicas:
+            problems.append(f"{axis!r} has sections, which say their own replicas: leave out replicas={replicas[axis]}")
+        if any(section.size < 0 for section in sections) or sum(section.size for section in sections) != stored[dim]:
+            sizes_given = [section.size for section in sections]
+            problems.append(f"sections of {sizes_given} on {axis!r} do not make up dim {dim} of stored shape {stored}")
+        problems += [
+            f"a section with replicas={section.replicas} on {axis!r}, whose size {sizes.get(axis, 0)} it must divide"
+            for section in sections
+            if not _divides(section.replicas, sizes.get(axis, 0))
+        ]
     if len(stored) != len(shape) or any(mine < logical for mine, logical in zip(stored, shape, strict=False)):
         problems.append(f"padded shape {stored} does not hold shape {shape}")
-    if problems:
-        raise ValueError(f"{name}: {'; '.join(problems)}")
+    return problems
+
+
+def _divides(number: int, size: int) -> bool:
+    return number > 0 and size % number == 0
 
 
 def _from_dtensor(
-    name: str, tensor: DTensor, shape: Sequence[int] | None, replicas: Mapping[str, int], tied_to: str | None
+    name: str,
+    tensor: DTensor,
+    shape: Sequence[int] | None,
+    replicas: Mapping[str, int],
+    sections: Mapping[str, Sequence[Section]],
+    tied_to: str | None,
 ) -> LogicalTensor:
     mesh = tensor.device_mesh
     axes = mesh.mesh_dim_names or tuple(f"axis{index}" for index in range(mesh.ndim))
     sizes = dict(zip(axes, mesh.shape, strict=True))
     splits = _splits(name, dict(zip(axes, tensor.placements, strict=True)), sizes)
     stored = list(tensor.shape)
+    if unknown := sorted({*replicas, *sections} - splits.keys()):
+        raise ValueError(
+            f"{name}: replicas or sections on {unknown}, where {tensor.placements} on {sizes} is not split"
+        )
     for axis, number in replicas.items():
-        stored[splits[axis].dim] //= number
+        dim = splits[axis].dim
+        if number < 1 or stored[dim] % number:
+            raise ValueError(f"{name}: dim {dim} of shape {tuple(tensor.shape)} is not made of replicas={number}")
+        stored[dim] //= number
+    for axis, parts in sections.items():
+        dim = splits[axis].dim
+        rows = sum(section.size * section.replicas for section in parts)
+        if stored[dim] != rows:
+            raise ValueError(
+                f"{name}: sections {list(parts)} on {axis!r} are {rows} with every copy, but dim {dim} of shape "
+                f"{tuple(tensor.shape)} has {stored[dim]}"
+            )
+        stored[dim] = sum(section.size for section in parts)
+        splits[axis] = Shard(dim, tuple(parts))
     place = mesh.get_coordinate()
     coordinates = dict(zip(axes, place or [0] * mesh.ndim, strict=True))
     logical = LogicalTensor.from_spec(
@@ -355,8 +432,8 @@ def _splits(name: str, placements: Mapping[str, Placement], sizes: Mapping[str, 
     """DTensor's placements, in mesh order, as splits in the order in which they were made.
 
     A ``_StridedShard`` whose split factor is the number of parts that axes to its right make of the dim was made after
-    them (FSDP splits what tensor parallelism left); any other says that the dim is made of that many pieces. The two
-    readings agree where all is even; where it is not, DTensor's own is not what FSDP stores.
+    them: FSDP splits what tensor parallelism left. Where the dim is uneven, DTensor's own reading (``full_tensor``,
+    say) is not what FSDP stores; this is. Any other split factor belongs to no split that is made here.
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor import Shard as TorchShard
@@ -377,6 +454,10 @@ def _splits(name: str, placements: Mapping[str, Placement], sizes: Mapping[str, 
                 break
             if shard.dim == dim:
                 parts, position = parts * sizes[earlier_axis], earlier + 1
-        matches = parts == factor
-        order.insert(position if matches else 0, (axis, Shard(dim, 1 if matches else factor)))
+        if parts != factor:
+            raise ValueError(
+                f"{name}: {placement} on {axis!r} has split factor {factor}, but axes to its right make {parts} parts "
+                f"of dim {dim}; a fused projection is a plain Shard with sections"
+            )
+        order.insert(position, (axis, Shard(dim)))
     return dict(order)

@@ -43,7 +43,8 @@ class TrainConfig:
     global_batch_size: int = 16
     """Sequences per step over all ranks."""
     micro_batch_size: int = 8
-    """Sequences per forward pass on each data rank; 0 takes a rank's whole share of the global batch."""
+    """Sequences per forward pass on each data rank; 0 takes a rank's whole share of the global batch or, with a
+    pipeline, the largest part of it that leaves a micro-batch for each pipeline rank."""
     clip_grad_norm: float = 1.0
     """Gradients are scaled down to this Euclidean norm; 0 turns clipping off."""
     deterministic: bool = False

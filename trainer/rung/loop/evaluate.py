@@ -6,15 +6,13 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from rung.data import IGNORED
-from rung.loop.step import run_model
-from rung.parallel import all_reduce_sums
+from rung.parallel import SpreadModel, all_reduce_sums, cut_context
 
 if TYPE_CHECKING:
-    from rung.data import DataSource
+    from rung.data import Batch, DataSource
     from rung.layout import Layout
     from rung.objectives import Objective
 
@@ -23,7 +21,7 @@ __all__ = ["evaluate"]
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: SpreadModel,
     objective: Objective,
     source: DataSource,
     layout: Layout,
@@ -46,24 +44,33 @@ def evaluate(
     rounds = math.ceil(windows / (layout.data_size * micro_batch_size))
     token_bytes = source.token_bytes
     was_training = model.training
-    model.eval()
+    model.train(False)
     totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("sum", "count", "bytes")}
+
+    def consume(outputs: Tensor, batch: Batch) -> None:
+        if model.counts_outputs:
+            for value in objective.sums(outputs, batch).values():
+                totals["sum"] += value
+        else:
+            objective.sums(outputs, batch)  # the ranks that share the vocabulary take part
+
+    waiting: list[Batch] = []
     for turn in range(rounds):
         first = turn * layout.data_size * micro_batch_size + layout.data_rank(rank)
         mine = [first + layout.data_size * i for i in range(micro_batch_size)]
         batch = source.read_eval([min(w, windows - 1) * source.num_eval_windows // windows for w in mine])
         batch.labels_BT[[w >= windows for w in mine]] = IGNORED
-        labels = batch.labels_BT[batch.labels_BT != IGNORED]
-        totals["count"] += len(labels)
-        if token_bytes is not None:
-            totals["bytes"] += int(token_bytes[labels].sum())
-        batch = batch.to(device)
-        for value in objective.sums(run_model(model, batch), batch).values():
-            totals["sum"] += value
+        batch = cut_context(batch, layout, rank)
+        if layout.counts_tokens(rank):
+            labels = batch.labels_BT[batch.labels_BT != IGNORED]
+            totals["count"] += len(labels)
+            if token_bytes is not None:
+                totals["bytes"] += int(token_bytes[labels].sum())
+        waiting.append(batch.to(device))
+        if len(waiting) == layout.pp or turn == rounds - 1:  # a pipeline is full with one batch for each of its ranks
+            model.forward(waiting, consume)
+            waiting.clear()
     model.train(was_training)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # the root stays gathered after a forward pass without a backward pass
     total = {name: float(value) for name, value in all_reduce_sums(totals, device).items()}
     loss = total["sum"] / max(total["count"], 1)
     bits = total["sum"] / math.log(2) / total["bytes"] if total["bytes"] else None

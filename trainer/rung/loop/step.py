@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rung.data import Batch, DataSource
 from rung.layout import Layout
 from rung.loop.config import TrainConfig
 from rung.objectives import Objective
-from rung.parallel import GradientSync
+from rung.parallel import SpreadModel, cut_context
 
-__all__ = ["StepBatch", "StepReader", "forward_backward", "run_model", "samples_digest", "total_counts"]
+__all__ = ["StepBatch", "StepReader", "forward_backward", "samples_digest", "total_counts"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class StepReader:
         self._size, self._micro, self._steps = settings.global_batch_size, settings.micro_batch_size, settings.steps
         share = self._size // layout.data_size
         self._slice = slice(layout.data_rank(rank) * share, (layout.data_rank(rank) + 1) * share)
+        self._layout, self._rank = layout, rank
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rung-data")
         self._ahead: tuple[int, Future[tuple[np.ndarray, list[Batch]]]] | None = None
 
@@ -59,14 +60,20 @@ class StepReader:
         sample_ids, batches = self._ahead[1].result()
         self._ahead = (step + 1, self._thread.submit(self._load, step + 1)) if step < self._steps else None
         read_ids = np.concatenate([batch.sample_ids_B.numpy() for batch in batches])
-        counts, stops = total_counts([self._objective.counts(b) for b in batches], sample_ids, read_ids, stop)
+        if not self._layout.counts_samples(self._rank):
+            read_ids = read_ids[:0]
+        local = [self._objective.counts(batch) for batch in batches]
+        if not self._layout.counts_tokens(self._rank):
+            local = [{name: count * 0 for name, count in counts.items()} for counts in local]
+        counts, stops = total_counts(local, sample_ids, read_ids, stop)
         on_device = [batch.to(self._device, non_blocking=True) for batch in batches]
         return StepBatch(sample_ids, on_device, counts, stops)
 
     def _load(self, step: int) -> tuple[np.ndarray, list[Batch]]:
         sample_ids = self._source.sample_ids((step - 1) * self._size, self._size)
         mine = sample_ids[self._slice]
-        batches = [self._source.read(mine[i : i + self._micro]) for i in range(0, len(mine), self._micro)]
+        whole = [self._source.read(mine[i : i + self._micro]) for i in range(0, len(mine), self._micro)]
+        batches = [cut_context(batch, self._layout, self._rank) for batch in whole]
         # From page-locked memory the copy to a GPU does not make the host wait.
         return sample_ids, [batch.pin_memory() for batch in batches] if self._device.type == "cuda" else batches
 
@@ -76,8 +83,9 @@ def total_counts(
 ) -> tuple[dict[str, int], bool]:
     """Sum counts over micro-batches and ranks, exactly, before the first forward pass; and whether any rank stops.
 
-    The same message carries a checksum of the sample ids that ranks read, against the ids the order prescribes: ranks
-    that read other samples than they should fail here instead of training on them.
+    Of ranks that read the same tokens only one may bring counts, and of those that read the same samples only one their
+    ids. The same message carries a checksum of the sample ids that ranks read, against the ids the order prescribes:
+    ranks that read other samples than they should fail here instead of training on them.
     """
     names = list(counts[0])
     local = [sum(int(c[name]) for c in counts) for name in names]
@@ -104,32 +112,21 @@ def samples_digest(sample_ids: np.ndarray) -> str:
     return hashlib.blake2b(np.sort(sample_ids).astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
-def forward_backward(
-    model: nn.Module, objective: Objective, batch: StepBatch, step: Tensor, sync: GradientSync
-) -> dict[str, Tensor]:
-    """Run every micro-batch; leaves gradients of Σ_k weight_k · Σ_k / N_k. Returns this rank's Σ_k, detached.
+def forward_backward(model: SpreadModel, objective: Objective, batch: StepBatch, step: Tensor) -> dict[str, Tensor]:
+    """Run every micro-batch; leaves gradients of Σ_k weight_k · Σ_k / N_k. Returns the Σ_k that this rank counts.
 
     ``step`` is a 0-dim int64 tensor: the step number that keys this step's draws.
     """
-    totals: dict[str, Tensor] = {}
-    for index, micro in enumerate(batch.micro_batches):
-        sync(is_last=index == len(batch.micro_batches) - 1)
-        sums = objective.sums(run_model(model, micro, step), micro)
-        loss = sum(objective.weights[name] / max(batch.counts[name], 1) * value for name, value in sums.items())
-        assert isinstance(loss, Tensor)
-        loss.backward()
-        for name, value in sums.items():
-            totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+    totals = {name: torch.zeros((), dtype=torch.float64, device=step.device) for name in objective.weights}
+
+    def loss(outputs: Tensor, micro: Batch) -> Tensor:
+        sums = objective.sums(outputs, micro)
+        if model.counts_outputs:
+            for name, value in sums.items():
+                totals[name] += value.detach()
+        total = sum(objective.weights[name] / max(batch.counts[name], 1) * value for name, value in sums.items())
+        assert isinstance(total, Tensor)
+        return total
+
+    model.forward_backward(batch.micro_batches, step, loss)
     return totals
-
-
-def run_model(model: nn.Module, batch: Batch, step: Tensor | None = None) -> Tensor:
-    """One forward pass on a batch: the one place that knows which fields a model receives."""
-    outputs: Tensor = model(
-        batch.tokens_BT,
-        sample_ids_B=batch.sample_ids_B,
-        positions_BT=batch.positions_BT,
-        document_ids_BT=batch.document_ids_BT,
-        step=step,
-    )
-    return outputs

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rung.data import DataSource
 from rung.layout import Layout
@@ -16,7 +16,7 @@ from rung.loop.monitor import Monitor
 from rung.loop.step import StepReader, forward_backward
 from rung.objectives import Objective
 from rung.optim import LocalParameter, Optimizer
-from rung.parallel import GradientSync, World, all_reduce_sums, attach_gradients, squared_norm
+from rung.parallel import SpreadModel, World, all_reduce_sums, squared_norm
 
 __all__ = ["Outcome", "Training", "train"]
 
@@ -27,13 +27,12 @@ class Training:
 
     world: World
     layout: Layout
-    model: nn.Module
+    model: SpreadModel
     objective: Objective
     parameters: list[LocalParameter]
     optimizer: Optimizer
     learning_rate: Callable[[int], float]
     source: DataSource
-    sync: GradientSync
     monitor: Monitor
     settings: TrainConfig
     evaluation: EvalConfig
@@ -62,7 +61,7 @@ def train(run: Training) -> Outcome:
             return Outcome("stopped", step - 1, results)
         with monitor.clock("forward_backward"):
             number = torch.full((), step, device=device)  # filled there: a copy from the host would make it wait
-            sums = forward_backward(run.model, run.objective, batch, number, run.sync)
+            sums = forward_backward(run.model, run.objective, batch, number)
         with monitor.clock("optimizer"):
             lr = run.learning_rate(step)
             loss, norm, skipped = update(run, sums, batch.counts, lr)
@@ -82,7 +81,7 @@ def update(run: Training, sums: dict[str, Tensor], counts: dict[str, int], lr: f
     All three are 0-dim float64 on the device and equal on every rank, so that ranks agree on clipping and on skipping a
     step with a non-finite loss or gradient without asking the host.
     """
-    attach_gradients(run.model, run.parameters)
+    run.model.finish_gradients(run.parameters)
     totals = all_reduce_sums({**sums, "norm²": squared_norm(run.parameters, run.world.device)}, run.world.device)
     norm = totals.pop("norm²").sqrt()
     loss = torch.stack([run.objective.weights[k] / max(counts[k], 1) * total for k, total in totals.items()]).sum()
@@ -90,7 +89,7 @@ def update(run: Training, sums: dict[str, Tensor], counts: dict[str, int], lr: f
     clip = run.settings.clip_grad_norm
     scale = torch.where(skipped > 0, 1.0, (norm / clip).clamp(min=1.0)) if clip else None
     run.optimizer.step(lr, grad_scale=scale, skip=skipped)
-    run.model.zero_grad(set_to_none=True)
+    run.model.zero_grad()
     run.optimizer.zero_grad()
     return loss, norm, skipped
 

@@ -2,7 +2,7 @@
 
 from rung.models.config import InitRule, ModelConfig, RopeScaling, num_parameters, parameter_shapes
 from rung.models.decoder import Decoder, build
-from rung.models.flops import forward_flops, train_flops_per_token
+from rung.models.flops import forward_flops, stage_costs, train_flops_per_token
 
 __all__ = [
     "Decoder",
@@ -13,5 +13,6 @@ __all__ = [
     "forward_flops",
     "num_parameters",
     "parameter_shapes",
+    "stage_costs",
     "train_flops_per_token",
 ]

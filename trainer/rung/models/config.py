@@ -54,6 +54,8 @@ class ModelConfig:
     """Llama 3.1 scaling of the rotary frequencies; off while rope_scaling.factor is 1.0."""
     tie_word_embeddings: bool = False
     """Whether the output projection is the embedding table."""
+    fused_qkv: bool = False
+    """One projection makes queries, keys and values: one matrix product, and one matrix to Muon."""
     qk_norm: bool = False
     """RMSNorm over each query and key head before the rotation, as in Qwen3."""
     sliding_window: int | None = None
@@ -138,11 +140,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, width)}
+    if config.fused_qkv:
+        projections = {"self_attn.qkv_proj": (queries + 2 * keys, width)}
+    else:
+        projections = {
+            f"self_attn.{name}_proj": (rows, width) for name, rows in zip("qkv", (queries, keys, keys), strict=True)
+        }
     for layer in range(config.num_hidden_layers):
         block = {
-            "self_attn.q_proj": (queries, width),
-            "self_attn.k_proj": (keys, width),
-            "self_attn.v_proj": (keys, width),
+            **projections,
             "self_attn.o_proj": (width, queries),
             "mlp.gate_proj": (inner, width),
             "mlp.up_proj": (inner, width),

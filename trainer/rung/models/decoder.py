@@ -18,7 +18,7 @@ from rung.errors import UserError
 from rung.models.config import InitRule, ModelConfig, init_rules
 from rung.random import dropout_mask, name_key, step_key
 
-__all__ = ["Block", "Decoder", "attention_mask", "build", "rotary_tables"]
+__all__ = ["Attention", "AttentionMask", "Block", "Decoder", "Dropout", "build", "rotary_tables"]
 
 
 class RMSNorm(nn.Module):
@@ -47,19 +47,28 @@ class Attention(nn.Module):
         super().__init__()
         width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.num_heads, self.num_kv_heads = heads, kv_heads  # those that are here, where heads are spread
+        self.fused = config.fused_qkv
+        if self.fused:  # rows of all query heads, then of all key heads, then of all value heads
+            self.qkv_proj = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=False)
+        else:
+            self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
+            self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+            self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.inner = DotProductAttention()
+        self.inner: nn.Module = DotProductAttention()
 
     def forward(self, x_BTD: Tensor, cos_BTE: Tensor, sin_BTE: Tensor, mask: Tensor | None) -> Tensor:
-        # The number of heads is read off the projection, which may hold a slice of them.
-        q_BTHE = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        k_BTKE = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BTKE = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if self.fused:
+            qkv = self.qkv_proj(x_BTD).split([number * self.head_dim for number in heads], dim=-1)
+        else:
+            qkv = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        q_BTHE, k_BTKE, v_BTKE = (
+            x.unflatten(-1, (number, self.head_dim)) for x, number in zip(qkv, heads, strict=True)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
         q_BTHE, k_BTKE = rung_kernels.rope(q_BTHE, k_BTKE, cos_BTE, sin_BTE)
@@ -79,10 +88,19 @@ class MLP(nn.Module):
         return self.down_proj(rung_kernels.swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
 
 
-def _dropout(x_BTD: Tensor, p: float, key_2: Tensor, sample_ids_B: Tensor, positions_BT: Tensor) -> Tensor:
-    """Drop features of x by draws that depend on (key, sample id, position, feature) and on nothing else."""
-    keep_BTD = dropout_mask((key_2[0], key_2[1]), sample_ids_B, positions_BT, x_BTD.shape[-1], 0, p)
-    return torch.where(keep_BTD, x_BTD * (1 / (1 - p)), 0.0)
+class Dropout(nn.Module):
+    """Drops features of x by draws that depend on (key, sample id, position, feature) and on nothing else.
+
+    A module of its own because x may hold other positions than the rest of a forward pass, where tokens are spread.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x_BTD: Tensor, key_2: Tensor, sample_ids_B: Tensor, positions_BT: Tensor) -> Tensor:
+        keep_BTD = dropout_mask((key_2[0], key_2[1]), sample_ids_B, positions_BT, x_BTD.shape[-1], 0, self.p)
+        return torch.where(keep_BTD, x_BTD * (1 / (1 - self.p)), 0.0)
 
 
 class Block(nn.Module):
@@ -90,7 +108,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout = Dropout(config.dropout)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -110,11 +128,11 @@ class Block(nn.Module):
         sample_ids_B and positions_BT (int64). Keys arrive as a tensor so that all layers share one compiled graph."""
         y_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_BTE, sin_BTE, mask)
         if keys_22 is not None and sample_ids_B is not None and positions_BT is not None:
-            y_BTD = _dropout(y_BTD, self.dropout, keys_22[0], sample_ids_B, positions_BT)
+            y_BTD = self.dropout(y_BTD, keys_22[0], sample_ids_B, positions_BT)
         x_BTD = x_BTD + y_BTD
         y_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
         if keys_22 is not None and sample_ids_B is not None and positions_BT is not None:
-            y_BTD = _dropout(y_BTD, self.dropout, keys_22[1], sample_ids_B, positions_BT)
+            y_BTD = self.dropout(y_BTD, keys_22[1], sample_ids_B, positions_BT)
         return x_BTD + y_BTD
 
 
@@ -139,20 +157,27 @@ def rotary_tables(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype)
     return angles_BTE.cos(), angles_BTE.sin()
 
 
-def attention_mask(positions_BT: Tensor, document_ids_BT: Tensor | None, window: int | None) -> Tensor | None:
+class AttentionMask(nn.Module):
     """Which key (column) each query (row) sees: bool [B, 1, T, T], or None where plain causal order says it all.
 
-    A token sees itself and earlier tokens of its own document, at most ``window`` tokens in all.
+    A token sees itself and earlier tokens of its own document, at most ``window`` tokens in all. What it returns goes
+    to ``Attention.inner`` as it is: an implementation that takes that one's place brings its own in place of this.
     """
-    if document_ids_BT is None and (window is None or window >= positions_BT.shape[-1]):
-        return None
-    distance_BTT = positions_BT.unsqueeze(-1) - positions_BT.unsqueeze(-2)
-    visible_BTT = distance_BTT >= 0
-    if window is not None:
-        visible_BTT = visible_BTT & (distance_BTT < window)
-    if document_ids_BT is not None:
-        visible_BTT = visible_BTT & (document_ids_BT.unsqueeze(-1) == document_ids_BT.unsqueeze(-2))
-    return visible_BTT.unsqueeze(1)
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, positions_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor | None:
+        if document_ids_BT is None and (self.window is None or self.window >= positions_BT.shape[-1]):
+            return None
+        distance_BTT = positions_BT.unsqueeze(-1) - positions_BT.unsqueeze(-2)
+        visible_BTT = distance_BTT >= 0
+        if self.window is not None:
+            visible_BTT = visible_BTT & (distance_BTT < self.window)
+        if document_ids_BT is not None:
+            visible_BTT = visible_BTT & (document_ids_BT.unsqueeze(-1) == document_ids_BT.unsqueeze(-2))
+        return visible_BTT.unsqueeze(1)
 
 
 class Decoder(nn.Module):
@@ -162,6 +187,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens: nn.Module | None = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = Dropout(config.dropout)
+        self.attention_mask: nn.Module = AttentionMask(config.sliding_window)
         # A dict, so that a part of the model keeps the names of the whole.
         self.layers = nn.ModuleDict({str(layer): Block(config) for layer in range(config.num_hidden_layers)})
         self.norm: nn.Module | None = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -191,16 +218,16 @@ class Decoder(nn.Module):
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
-        mask = attention_mask(positions_BT, document_ids_BT, self.config.sliding_window)
+        mask = self.attention_mask(positions_BT, document_ids_BT)
         keys = self._step_keys(step, sample_ids_B, tokens_BT.device)
-        if keys is not None:
-            positions_BT = positions_BT.expand(tokens_BT.shape[:2])
+        if keys is not None and sample_ids_B is not None:
+            positions_BT = positions_BT.expand(sample_ids_B.shape[0], -1)
 
         x_BTD = tokens_BT
         if self.embed_tokens is not None:
             x_BTD = self.embed_tokens(tokens_BT)
             if keys is not None and sample_ids_B is not None:
-                x_BTD = _dropout(x_BTD, self.config.dropout, keys[0], sample_ids_B, positions_BT)
+                x_BTD = self.dropout(x_BTD, keys[0], sample_ids_B, positions_BT)
         cos_BTE, sin_BTE = rotary_tables(self.config, positions_BT, x_BTD.dtype)
         for name, block in self.layers.items():
             first = 1 + 2 * int(name)
@@ -232,7 +259,7 @@ class Decoder(nn.Module):
         Needed after whatever replaces parameters one by one, such as ``to_empty``.
         """
         if self.config.tie_word_embeddings and self.embed_tokens is not None and self.lm_head is not None:
-            self.lm_head.weight = self.embed_tokens.weight
+            self.lm_head.register_parameter("weight", next(self.embed_tokens.parameters()))
 
     def init_rules(self) -> dict[str, InitRule]:
         """Name -> how the parameter starts, for the whole model even if this is a part."""

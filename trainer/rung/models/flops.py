@@ -8,9 +8,12 @@ the triangle (and the sliding window inside it); ``causal=False`` counts the ful
 
 from __future__ import annotations
 
-from rung.models.config import ModelConfig
+import math
+from typing import NamedTuple
 
-__all__ = ["forward_flops", "train_flops_per_token"]
+from rung.models.config import ModelConfig, parameter_shapes
+
+__all__ = ["StageCosts", "forward_flops", "stage_costs", "train_flops_per_token"]
 
 
 def _visible_pairs(seq_len: int, window: int | None, causal: bool) -> int:
@@ -31,6 +34,26 @@ def forward_flops(config: ModelConfig, batch_size: int, seq_len: int, causal: bo
     pairs = _visible_pairs(seq_len, config.sliding_window, causal)
     attention = config.num_hidden_layers * 4 * queries * pairs  # scores and the weighted sum, 2 operations each
     return batch_size * (2 * seq_len * weights + attention)
+
+
+class StageCosts(NamedTuple):
+    """What a pipeline stage can hold, and what each costs: operations of one forward pass, and parameters."""
+
+    layers: list[int]
+    embedding: int
+    """A lookup has no operations."""
+    head: int
+    layer_parameters: int
+    table_parameters: int
+    """Of the embedding, and of the output head too: across stages each has a table of its own."""
+
+
+def stage_costs(config: ModelConfig, seq_len: int) -> StageCosts:
+    """What each layer, the embedding and the output head cost, for one sequence."""
+    table = config.vocab_size * config.hidden_size
+    head, layers = 2 * seq_len * table, config.num_hidden_layers
+    in_layer = sum(math.prod(s) for name, s in parameter_shapes(config).items() if name.startswith("layers.0."))
+    return StageCosts([(forward_flops(config, 1, seq_len) - head) // layers] * layers, 0, head, in_layer, table)
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int, causal: bool = True) -> float:

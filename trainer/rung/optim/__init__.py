@@ -2,7 +2,7 @@
 
 from rung.optim.adamw import AdamW, AdamWConfig
 from rung.optim.base import LocalParameter, OptimConfig, Optimizer, StateTensor
-from rung.optim.build import OPTIMIZERS, build_optimizer
+from rung.optim.build import OPTIMIZERS, build_optimizer, needs_whole_tensors
 from rung.optim.muon import Muon, MuonConfig, is_hidden_matrix
 from rung.optim.schedule import ScheduleConfig, lr_at
 
@@ -20,4 +20,5 @@ __all__ = [
     "build_optimizer",
     "is_hidden_matrix",
     "lr_at",
+    "needs_whole_tensors",
 ]

@@ -11,7 +11,7 @@ from rung.optim.adamw import AdamW, AdamWConfig
 from rung.optim.base import LocalParameter, OptimConfig, Optimizer
 from rung.optim.muon import Muon, MuonConfig
 
-__all__ = ["OPTIMIZERS", "build_optimizer"]
+__all__ = ["OPTIMIZERS", "build_optimizer", "needs_whole_tensors"]
 
 
 class Entry(NamedTuple):
@@ -19,13 +19,15 @@ class Entry(NamedTuple):
 
     config: type[OptimConfig]
     build: Callable[[Sequence[LocalParameter], Any], Optimizer]
+    whole_tensors: bool = False
+    """Whether parameters must know the group of ranks that together hold the whole of them."""
 
 
 def _adamw(parameters: Sequence[LocalParameter], config: AdamWConfig) -> AdamW:
     return AdamW(parameters, betas=(config.betas[0], config.betas[1]), eps=config.eps, weight_decay=config.weight_decay)
 
 
-OPTIMIZERS = {"adamw": Entry(AdamWConfig, _adamw), "muon": Entry(MuonConfig, Muon)}
+OPTIMIZERS = {"adamw": Entry(AdamWConfig, _adamw), "muon": Entry(MuonConfig, Muon, whole_tensors=True)}
 """A further optimizer is one line here and a file in configs/optim/."""
 
 
@@ -36,3 +38,8 @@ def build_optimizer(config: OptimConfig, parameters: Sequence[LocalParameter]) -
     """
     UserError.raise_all(choice_problem("optim.name", config.name, tuple(OPTIMIZERS)) or config.validate())
     return OPTIMIZERS[config.name].build(parameters, config)
+
+
+def needs_whole_tensors(config: OptimConfig) -> bool:
+    """Whether the optimizer that ``config`` names exchanges whole tensors."""
+    return OPTIMIZERS[config.name].whole_tensors

@@ -1,24 +1,25 @@
-"""How a model is spread over ranks: the world, the mesh, one `parallelize()`, and sums over logical tensors."""
+"""How a model is spread over ranks: the world, its groups, one `parallelize()`, and sums over logical tensors."""
 
 from rung.parallel.config import PRECISIONS, ParallelConfig, dtypes
-from rung.parallel.gradients import attach_gradients, local_parameters, squared_norm
+from rung.parallel.context import cut_context
+from rung.parallel.gradients import squared_norm
 from rung.parallel.initialize import initialize
-from rung.parallel.mesh import build_mesh
-from rung.parallel.parallelize import GradientSync, parallelize
+from rung.parallel.mesh import Groups
+from rung.parallel.parallelize import parallelize
+from rung.parallel.spread import SpreadModel
 from rung.parallel.sums import all_reduce_sums
 from rung.parallel.world import World, world_size_from_environment
 
 __all__ = [
     "PRECISIONS",
-    "GradientSync",
+    "Groups",
     "ParallelConfig",
+    "SpreadModel",
     "World",
     "all_reduce_sums",
-    "attach_gradients",
-    "build_mesh",
+    "cut_context",
     "dtypes",
     "initialize",
-    "local_parameters",
     "parallelize",
     "squared_norm",
     "world_size_from_environment",

@@ -1,42 +1,61 @@
-"""Parameters as each rank holds them, and sums over logical gradients: every element counted exactly once."""
+"""Sums over logical gradients: what several ranks have of an element is added, and every element is counted once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
+from torch import Tensor
 
-from rung.layout import clean_name, local_view, logical_tensors
 from rung.optim import LocalParameter
 
-__all__ = ["attach_gradients", "local_parameters", "squared_norm"]
+__all__ = ["Partial", "add_partial_gradients", "squared_norm"]
 
 
-def local_parameters(model: nn.Module) -> list[LocalParameter]:
-    """What the optimizer updates: this rank's part of each trainable parameter, plain tensors on its storage."""
-    logical = logical_tensors(model)
-    found = []
-    for raw_name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        name = clean_name(raw_name)
-        group = None
-        if isinstance(parameter, DTensor):
-            sharded = [axis for axis, place in enumerate(parameter.placements) if not place.is_replicate()]
-            assert len(sharded) <= 1, f"{name} is sharded over {len(sharded)} mesh axes"
-            if sharded and parameter.device_mesh.size(sharded[0]) > 1:
-                group = parameter.device_mesh.get_group(sharded[0])
-        found.append(LocalParameter(name, local_view(parameter).detach(), logical[name], group))
-    return found
+class Partial(NamedTuple):
+    """A parameter whose gradient is spread, as summands, over neighbouring ranks of a group that hold the same part."""
+
+    parameter: LocalParameter
+    replicas: int
+    """Number of those ranks; the size of the group for a copy on every rank."""
+    first_row: int = 0
+    """Logical rows before this one are complete."""
+
+    def gradients(self) -> list[Tensor]:
+        """What is to be summed: views of the gradient."""
+        gradient = self.parameter.grad
+        if gradient is None or self.first_row == 0:
+            return [] if gradient is None else [gradient]
+        return [
+            gradient[place] for box, place, _ in self.parameter.logical.pieces() if box.offsets[0] >= self.first_row
+        ]
 
 
-def attach_gradients(model: nn.Module, parameters: Sequence[LocalParameter]) -> None:
-    """Point every local parameter's ``grad`` at the local part of its model parameter's gradient."""
-    trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    for parameter, local in zip(trainable, parameters, strict=True):
-        local.local.grad = None if parameter.grad is None else local_view(parameter.grad)
+def add_partial_gradients(partial: Sequence[Partial], group: dist.ProcessGroup) -> None:
+    """Sum each gradient over the ranks that hold the same part: one all-reduce for each dtype, in place.
+
+    Parts of which there are several along the group travel side by side in one buffer, each rank filling its own: more
+    bytes than a group per part would need, for K/V heads only and once a step, but no further process groups.
+    """
+    size, rank = group.size(), group.rank()
+    by_dtype: dict[torch.dtype, list[tuple[Tensor, int]]] = {}
+    for one in partial:
+        for gradient in one.gradients():
+            by_dtype.setdefault(gradient.dtype, []).append((gradient, one.replicas))
+    for dtype, gradients in by_dtype.items():
+        sizes = [gradient.numel() * (size // replicas) for gradient, replicas in gradients]
+        buffer = torch.zeros(sum(sizes), dtype=dtype, device=gradients[0][0].device)
+        mine = [
+            part.view(size // replicas, -1)[rank // replicas] if gradient.numel() else part
+            for (gradient, replicas), part in zip(gradients, buffer.split(sizes), strict=True)
+        ]
+        originals = [gradient.reshape(-1) for gradient, _ in gradients]
+        torch._foreach_copy_(mine, originals)
+        dist.all_reduce(buffer, group=group)
+        for (gradient, _), total in zip(gradients, mine, strict=True):
+            gradient.copy_(total.view(gradient.shape))
 
 
 def squared_norm(parameters: Sequence[LocalParameter], device: torch.device) -> Tensor:

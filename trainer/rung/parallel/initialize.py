@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
-from rung.layout import Box, clean_name, local_view, logical_tensors
+from rung.layout import Box, local_view
+from rung.parallel.spread import SpreadModel
 from rung.random import name_key, normals_box
 
 __all__ = ["initialize"]
@@ -16,25 +16,24 @@ SLAB_ELEMENTS = 2**24
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Give ``model``, built on the meta device, storage on ``device`` and values by ``model.init_rules()``.
+def initialize(model: SpreadModel, device: torch.device, seed: int) -> None:
+    """Give ``model``, spread on the meta device, storage on ``device`` and values by its ``init_rules()``.
 
     Element i of a logical tensor is number i of the stream (seed, name), so the bits depend on neither the layout nor
     the order of parameters. Products are made in float64 and rounded once to the parameter's dtype.
     """
-    model.to_empty(device=device)
-    model.tie_weights()  # type: ignore[operator]  # to_empty gives tied names storage of their own
-    rules = model.init_rules()  # type: ignore[operator]
-    logical = logical_tensors(model)
-    for raw_name, parameter in model.named_parameters():
-        name = clean_name(raw_name)
+    model.materialize(device)
+    rules = model.parts[0].init_rules()
+    logical = model.logical_tensors()
+    for name, parameter in model.named_parameters():
         local = local_view(parameter)
-        rule = rules[name]
+        source = logical[name].source
+        rule = rules[source]
         if rule.kind == "ones":
             local.fill_(1.0)
             continue
         assert rule.kind == "normal", f"no initialiser {rule.kind!r} for {name}"
-        key = name_key(seed, f"init/{name}")
+        key = name_key(seed, f"init/{source}")
         for box, place, _owned in logical[name].pieces():
             for part in _slabs(box):
                 values = torch.from_numpy(normals_box(key, logical[name].shape, part) * rule.std)

@@ -1,9 +1,10 @@
-"""Spread a meta-device model: recomputation, per-block compile, FSDP2. One function, one order."""
+"""Spread a meta-device model: stages, tensor and context parallelism, recomputation, compile, FSDP2. One order."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,37 +12,107 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from rung.layout.stages import stages_of
+from rung.models import Decoder, stage_costs
+from rung.models.decoder import Attention
 from rung.parallel.config import Dtypes, ParallelConfig
+from rung.parallel.context import SAVED_UNDER_RECOMPUTE, ContextAttention, ContextMask
+from rung.parallel.mesh import Groups
+from rung.parallel.pipeline import stage_part
+from rung.parallel.spread import SpreadModel
+from rung.parallel.tensor import DECODER_PLAN, Heads, TensorPlan, tensor_parallel
 
-__all__ = ["GradientSync", "parallelize"]
+__all__ = ["parallelize"]
 
 
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, dtypes: Dtypes, *, compile_blocks: bool = False
-) -> nn.Module:
-    """Spread ``model`` in place over ``mesh`` and return it. ``model.blocks()`` names the units.
+    model: Decoder,
+    groups: Groups,
+    config: ParallelConfig,
+    dtypes: Dtypes,
+    *,
+    seq_len: int,
+    num_micro_batches: int,
+    compile_blocks: bool = False,
+) -> SpreadModel:
+    """Take ``model`` apart, on the meta device, and return what of it this rank runs, still without storage.
 
-    FSDP policy: parameters are gathered in ``dtypes.compute`` a block at a time, gradients are *summed* (not averaged:
-    the loss already holds Σ/N over the whole batch) in ``dtypes.reduce``, blocks are freed after forward unless
-    ``reshard_after_forward`` is off, the last block and the root (embedding, norm, head) stay gathered because backward
-    begins with them. One rank that computes in its parameters' dtype needs no FSDP.
-
-    Forwards are replaced rather than wrapped, so parameter names stay what the model file says.
+    ``seq_len`` balances the work of pipeline stages, ``num_micro_batches`` is what they run in a step. Forwards are
+    replaced rather than wrapped, so parameter names stay what the model file says. Collective, because process groups
+    are made here.
     """
-    blocks: list[nn.Module] = model.blocks()  # type: ignore[operator]
-    for block in blocks:
-        forward = _recomputed(block.forward, config.activation_checkpointing)
+    layout, place = groups.layout, groups.place
+    data_ranks = layout.dp_replicate * layout.dp_shard * layout.cp
+    # One rank that computes in its parameters' dtype needs no FSDP.
+    mesh = groups.mesh(sharded=data_ranks > 1 or dtypes.compute != dtypes.parameters)
+    ties = _ties(model)
+    stages = stages_of(config.pp_schedule, layout.pp, config.virtual_stages, place["pp"])
+    split = config.split_layers(stage_costs(model.config, seq_len))
+    parts, plans = [], []
+    for stage in stages:
+        first, last = stage == 0, stage == len(split) - 1
+        part = model if len(split) == 1 else stage_part(model, split[stage], first, last)
+        plans.append(_spread_part(part, mesh, groups, config, dtypes, compile_blocks))
+        parts.append(part)
+    return SpreadModel(
+        parts,
+        stages,
+        len(split),
+        groups,
+        config,
+        dtypes,
+        plans,
+        ties,
+        num_micro_batches=num_micro_batches,
+        split_backward=config.splits_backward and not compile_blocks,
+    )
+
+
+def _spread_part(
+    part: Decoder,
+    mesh: DeviceMesh | None,
+    groups: Groups,
+    config: ParallelConfig,
+    dtypes: Dtypes,
+    compile_blocks: bool,
+) -> TensorPlan:
+    plan = TensorPlan()
+    if mesh is not None and "tp" in (mesh.mesh_dim_names or ()):
+        name = groups.name("tp")
+        plan = tensor_parallel(
+            part,
+            mesh["tp"],
+            name,
+            plan=DECODER_PLAN,
+            heads=Heads(part.config.num_attention_heads, part.config.num_key_value_heads, part.config.head_dim),
+            sequence_parallel=config.sequence_parallel,
+        )
+        if config.async_tp:
+            _overlap_with_products(name)
+    if groups.layout.cp > 1:
+        _context_parallel(part, groups, config)
+    for block in part.blocks():
+        forward = _recomputed(block.forward, config.activation_checkpointing, groups.layout.cp > 1)
         # Inside compile, so that the partitioner sees what is recomputed; outside FSDP, whose hooks run eagerly.
         block.forward = torch.compile(forward, fullgraph=True, dynamic=False) if compile_blocks else forward
-    if mesh.size() == 1 and dtypes.compute == dtypes.parameters:
-        return model
+    if mesh is not None and "fsdp" in (mesh.mesh_dim_names or ()):
+        copies = "dp_replicate" in (mesh.mesh_dim_names or ())
+        _fully_shard(part, mesh["dp_replicate", "fsdp"] if copies else mesh["fsdp"], config, dtypes)
+    return plan
+
+
+def _fully_shard(part: Decoder, mesh: DeviceMesh, config: ParallelConfig, dtypes: Dtypes) -> None:
+    """FSDP2: parameters are gathered in ``dtypes.compute`` a block at a time, gradients are *summed* (not averaged: the
+    loss already holds Σ/N over the whole batch) in ``dtypes.reduce``; the last block and the root (embedding, norm,
+    head) stay gathered because backward begins with them."""
     # Inputs of a block stay as they are: rotary tables are float32 also where the block computes in bf16.
     policy = MixedPrecisionPolicy(param_dtype=dtypes.compute, reduce_dtype=dtypes.reduce, cast_forward_inputs=False)
+    blocks = part.blocks()
     for block in blocks:
-        reshard = config.reshard_after_forward and block is not blocks[-1]
+        reshard = config.reshards() and block is not blocks[-1]
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in model.modules():
+    fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in part.modules():
         if isinstance(module, FSDPModule):
             # The default divides by the number of ranks; gloo has no pre-multiplied sum, so a plain sum is forced.
             module.set_gradient_divide_factor(1.0)
@@ -51,48 +122,64 @@ def parallelize(
         block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + config.prefetch])  # type: ignore[arg-type]
         before = blocks[max(0, index - config.prefetch) : index]
         block.set_modules_to_backward_prefetch(before[::-1])  # type: ignore[arg-type]
-    return model
 
 
-class GradientSync:
-    """Says before each micro-batch whether its backward pass sums gradients over ranks."""
-
-    def __init__(self, model: nn.Module, *, defer: bool) -> None:
-        self._fsdp = model if isinstance(model, FSDPModule) else None
-        self._defer = defer
-
-    def __call__(self, *, is_last: bool) -> None:
-        """Sharded sums happen every micro-batch unless deferred; sums over copies only after the last."""
-        if self._fsdp is None:
-            return
-        if self._defer:
-            self._fsdp.set_requires_gradient_sync(is_last)
-        else:
-            self._fsdp.set_requires_all_reduce(is_last)
-        self._fsdp.set_is_last_backward(is_last)
+def _context_parallel(part: Decoder, groups: Groups, config: ParallelConfig) -> None:
+    """Attention that sees the tokens of other context ranks takes the place of the model's."""
+    group = groups.group("cp")
+    assert group is not None
+    part.attention_mask = ContextMask(group)
+    for module in part.modules():
+        if isinstance(module, Attention):
+            module.inner = ContextAttention(group, config.ulysses_degree, part.config.sliding_window)
 
 
-def _recomputed(forward: Any, mode: str) -> Any:
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Name -> the first name of the same parameter."""
+    first: dict[nn.Parameter, str] = {}
+    ties = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            ties[name] = first[parameter]
+    return ties
+
+
+def _overlap_with_products(group: str) -> None:
+    """Have inductor cut products in pieces and send each while the next is computed: torch's async tensor parallel."""
+    import torch._inductor.config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    enable_symm_mem_for_group(cast(Any, group))
+
+
+def _recomputed(forward: Any, mode: str, distributed: bool) -> Any:
+    """``distributed``: attention talks to other ranks; its results are kept in either mode, so that no message is
+    repeated."""
     if mode == "none":
         return forward
     # Draws are functions of (seed, step, name, position): there is no generator state to save and restore.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if mode == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    kept = frozenset(SAVED_UNDER_RECOMPUTE if distributed else ()) | (_PRODUCTS if mode == "selective" else frozenset())
+    if kept:
+        policy = functools.partial(_keep, kept)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     return functools.partial(checkpoint, forward, **options)
 
 
-_PRODUCTS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
+_PRODUCTS: frozenset[Any] = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
 
 
-def _keep_products(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _keep(kept: Collection[Any], _context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     """Keep what is dear to compute for its size: matrix products and attention."""
-    return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -16,6 +16,7 @@ from rung.models import ModelConfig
 from rung.observe import GarbageConfig, HeartbeatConfig, LoggingConfig, MemoryConfig, ProfileConfig
 from rung.optim import AdamWConfig, MuonConfig, OptimConfig, ScheduleConfig
 from rung.parallel.config import PRECISIONS, ParallelConfig
+from rung.parallel.legal import layout_problems
 
 __all__ = ["NODES", "Config", "ExportConfig", "RecipeConfig", "changes_that_matter", "load_config", "validate"]
 
@@ -135,13 +136,30 @@ def validate(config: Config, world_size: int) -> Layout:
             f"{config.model.max_position_embeddings}; shorten the sequences or raise the model's limit"
         )
     layout: Layout | None = None
+    num_micro_batches: int | None = None
     try:
         layout = config.parallel.layout(world_size)
         if config.train.micro_batch_size == 0:
-            config.train.micro_batch_size = max(1, config.train.global_batch_size // layout.data_size)
-        problems += layout.check_batch(config.train.global_batch_size, config.train.micro_batch_size)
+            config.train.micro_batch_size = config.parallel.micro_batch_for(
+                config.train.global_batch_size // layout.data_size
+            )
+        sizes = config.train.global_batch_size, config.train.micro_batch_size
+        if wrong := layout.check_batch(*sizes):
+            problems += wrong
+        else:
+            num_micro_batches = layout.accumulation(*sizes)
     except UserError as error:
         problems.append(str(error))
+    problems += layout_problems(
+        config.parallel,
+        config.model,
+        layout,
+        seq_len=config.data.seq_len,
+        num_micro_batches=num_micro_batches,
+        compile=config.compile,
+        device=config.device,
+        precision=config.precision,
+    )
     UserError.raise_all(problems)
     assert layout is not None
     return layout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import nn
 
 from rung import __version__
 from rung.config import differences, flatten
@@ -17,8 +16,8 @@ from rung.loop.monitor import Monitor, MonitorConfig, RunFacts
 from rung.models import build, num_parameters, train_flops_per_token
 from rung.objectives import CausalLM
 from rung.observe import MemorySettings, human_count, peak_flops
-from rung.optim import build_optimizer, lr_at
-from rung.parallel import GradientSync, World, build_mesh, dtypes, initialize, local_parameters, parallelize
+from rung.optim import build_optimizer, lr_at, needs_whole_tensors
+from rung.parallel import Groups, SpreadModel, World, dtypes, initialize, parallelize
 from rung.recipes.config import Config
 from rung.recipes.finish import finish
 from rung.recipes.folder import Claim
@@ -54,31 +53,38 @@ def pretrain(config: Config, layout: Layout) -> int:
 def assemble(config: Config, layout: Layout, world: World, source: DataSource, monitor: Monitor) -> Training:
     """Everything a loop needs: the model spread and initialised, the optimizer over this rank's part of it."""
     model = spread_model(config, layout, world)
-    parameters = local_parameters(model)
+    parameters = model.local_parameters(whole_tensors=needs_whole_tensors(config.optim))
     return Training(
         world=world,
         layout=layout,
         model=model,
-        objective=CausalLM(),
+        objective=CausalLM(model.cross_entropy),
         parameters=parameters,
         optimizer=build_optimizer(config.optim, parameters),
         learning_rate=lambda step: lr_at(config.schedule, step, config.train.steps, config.optim.lr),
         source=source,
-        sync=GradientSync(model, defer=config.parallel.defer_gradient_sync),
         monitor=monitor,
         settings=config.train,
         evaluation=config.eval,
     )
 
 
-def spread_model(config: Config, layout: Layout, world: World) -> nn.Module:
-    """Meta device -> recompute, compile, FSDP2 -> storage -> initial values of the boxes this rank holds."""
+def spread_model(config: Config, layout: Layout, world: World) -> SpreadModel:
+    """Meta device -> spread (see ``parallelize``) -> storage -> initial values of the boxes this rank holds."""
     types = dtypes(config.precision)
     with torch.device("meta"):
         model = build(config.model, draws_seed=config.run.seed).to(types.parameters)
-    parallelize(model, build_mesh(layout, world.device.type), config.parallel, types, compile_blocks=config.compile)
-    initialize(model, world.device, config.run.seed)
-    return model
+    spread = parallelize(
+        model,
+        Groups(layout, world.rank, world.device.type),
+        config.parallel,
+        types,
+        seq_len=config.data.seq_len,
+        num_micro_batches=layout.accumulation(config.train.global_batch_size, config.train.micro_batch_size),
+        compile_blocks=config.compile,
+    )
+    initialize(spread, world.device, config.run.seed)
+    return spread
 
 
 def opened(config: Config) -> DataSource:
@@ -129,7 +135,9 @@ def run_facts(config: Config, layout: Layout, world: World, source: DataSource) 
     tokens = train.global_batch_size * config.data.seq_len
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     axes = " × ".join(
-        f"{axis} {getattr(layout, axis)}" for axis in ("dp_replicate", "dp_shard") if getattr(layout, axis) > 1
+        f"{axis} {getattr(layout, axis)}"
+        for axis in ("dp_replicate", "dp_shard", "tp", "pp", "cp")
+        if getattr(layout, axis) > 1
     )
     accumulation = train.global_batch_size // (layout.data_size * train.micro_batch_size)
     batch = f"{train.global_batch_size} × {config.data.seq_len} = {tokens} tokens per step"

@@ -6,6 +6,7 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +20,21 @@ from rung.random.philox import philox_numpy
 __all__ = ["generate", "sample_token"]
 
 
+class Spread(Protocol):
+    """A model that is spread over ranks; every rank calls it together and gets the same."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> Any:
+        """Training mode on or off."""
+
+    def next_token_logits(self, tokens: Sequence[int]) -> NDArray[np.float64]:
+        """float64 [V] after these tokens."""
+
+
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: nn.Module | Spread,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     *,
@@ -37,9 +50,11 @@ def generate(
 
     temperature 0 takes the likeliest token; top_k 0 and top_p 1.0 keep all tokens. The draw of a token depends on
     (seed, sample_id, its position) and on nothing else; give each of several answers to a prompt its own sample_id. The
-    model reads the last ``max_length`` tokens, by default its config's max_position_embeddings.
+    model reads the last ``max_length`` tokens, by default its config's max_position_embeddings. Of a spread model every
+    rank calls this together, with the same arguments, and gets the same tokens.
     """
-    limit: int = max_length if max_length is not None else getattr(model, "config").max_position_embeddings  # noqa: B009
+    config: Any = getattr(model, "config", None)
+    limit: int = max_length if max_length is not None else config.max_position_embeddings
     problems = [
         f"{name}={value} must be {legal}"
         for name, value, legal, ok in (
@@ -52,14 +67,13 @@ def generate(
         if not ok
     ]
     UserError.raise_all(problems)
-    device = next(model.parameters()).device
     was_training = model.training
-    model.eval()
+    model.train(False)
     tokens = list(prompt_ids)
     try:
         while len(tokens) - len(prompt_ids) < max_new_tokens:
-            window = torch.tensor([tokens[-limit:]], device=device)
-            logits_V = model(window)[0, -1].to("cpu", torch.float64).numpy()
+            window = tokens[-limit:]
+            logits_V = _logits(model, window) if isinstance(model, nn.Module) else model.next_token_logits(window)
             uniform = _uniform(seed, sample_id, position=len(tokens))
             tokens.append(sample_token(logits_V, uniform, temperature, top_k, top_p))
             if tokens[-1] == eos_id:
@@ -67,6 +81,12 @@ def generate(
     finally:
         model.train(was_training)
     return tokens[len(prompt_ids) :]
+
+
+def _logits(model: nn.Module, tokens: Sequence[int]) -> NDArray[np.float64]:
+    window = torch.tensor([tokens], device=next(model.parameters()).device)
+    result: NDArray[np.float64] = model(window)[0, -1].to("cpu", torch.float64).numpy()
+    return result
 
 
 def sample_token(

@@ -1,4 +1,5 @@
-"""``rung doctor``: what this machine has, what is missing for training, and the fix of each."""
+"""``rung doctor``: what this machine has, what is missing for training, and the fix of each; ``--layout``: what a
+layout would hold and send."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from rung.errors import UserError
 
 __all__ = ["Finding", "main"]
 
@@ -52,10 +55,29 @@ class Finding(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check this machine for training: versions, devices, compilers, folders, processes that talk to each other."""
+    """Check this machine for training: versions, devices, compilers, folders, processes that talk to each other.
+
+    With --layout, check a layout instead: who is where, bytes on every rank, messages of a step, idle time.
+    """
     parser = argparse.ArgumentParser(prog="rung doctor", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="leave out the test of two processes (some seconds)")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--layout", action="store_true", help="report on a layout; starts nothing, needs no GPU")
+    parser.add_argument("--world-size", type=int, help="ranks of --layout (default: the product of its degrees)")
+    parser.add_argument("--ranks-per-node", type=int, help="ranks of --layout on each node (default 8)")
+    parser.add_argument("--json", action="store_true", help="print the report of --layout as JSON, in bytes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of --layout: what `rung train` is given")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.layout:
+        if arguments.quick:
+            raise UserError("--quick is about this machine, --layout about a layout; leave one of them out")
+        from rung.cli.doctor_layout import show_layout
+
+        per_node = 8 if arguments.ranks_per_node is None else arguments.ranks_per_node
+        return show_layout(arguments.overrides, arguments.world_size, per_node, arguments.json)
+    named = {"--world-size": arguments.world_size, "--ranks-per-node": arguments.ranks_per_node}
+    stray = [*(name for name, value in named.items() if value is not None), *arguments.overrides]
+    if stray := [*stray, *["--json"] * arguments.json]:
+        raise UserError(f"{' '.join(stray)} without --layout; `rung doctor` alone looks at this machine")
 
     checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _devices, _processor, _compiler, _folders]
     if not arguments.quick:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,7 +15,9 @@ __all__ = ["Groups"]
 FSDP = ("dp_shard", "cp")
 """Parameters are sharded over the ranks that see other samples and those that see other tokens of the same samples."""
 
-_MADE: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]]
+_MADE = weakref.WeakKeyDictionary()
+"""Per world, its groups by their ranks. Groups die with the world that they were made in."""
 
 
 class Groups:
@@ -55,7 +59,7 @@ class Groups:
         axes = {"dp_replicate": ("dp_replicate",), "fsdp": FSDP, "tp": ("tp",)}
         groups = {name: self.group(*these) for name, these in axes.items()}
         if sharded and groups["fsdp"] is None:
-            groups["fsdp"] = self._alone()
+            groups["fsdp"] = self._make((self.rank,))
         kept = {name: group for name, group in groups.items() if group is not None}
         if not kept:
             return None
@@ -68,23 +72,11 @@ class Groups:
         return DeviceMesh.from_group(list(kept.values()), self.device_type, mesh=ranks, mesh_dim_names=tuple(kept))
 
     def _make(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        key = (_world_name(), ranks)
-        if key not in _MADE:
-            _MADE[key] = dist.new_group(list(ranks), backend=self._backend())
-        return _MADE[key]
-
-    def _alone(self) -> dist.ProcessGroup:
-        key = (_world_name(), (self.rank,))
-        if key not in _MADE:
-            _MADE[key] = dist.new_group([self.rank], backend=self._backend(), use_local_synchronization=True)
-        return _MADE[key]
-
-    def _backend(self) -> str:
-        return "nccl" if self.device_type == "cuda" else "gloo"
-
-
-def _world_name() -> str:
-    """Groups die with the world that they were made in."""
-    world = dist.group.WORLD
-    assert world is not None
-    return f"{world.group_name}/{id(world)}"
+        world = dist.group.WORLD
+        assert world is not None
+        made = _MADE.setdefault(world, {})
+        if ranks not in made:
+            backend = "nccl" if self.device_type == "cuda" else "gloo"
+            # A group of this rank alone is its own business.
+            made[ranks] = dist.new_group(list(ranks), backend=backend, use_local_synchronization=len(ranks) == 1)
+        return made[ranks]

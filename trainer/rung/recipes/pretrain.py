@@ -11,6 +11,7 @@ from rung.config import differences, flatten
 from rung.data import DataSource, check_vocab, open_data, prepare
 from rung.errors import UserError
 from rung.layout import Layout
+from rung.layout.stages import bubble_share, splits_backward
 from rung.loop import Training, train
 from rung.loop.monitor import Monitor, MonitorConfig, RunFacts
 from rung.models import build, num_parameters, train_flops_per_token
@@ -87,6 +88,21 @@ def spread_model(config: Config, layout: Layout, world: World) -> SpreadModel:
     return spread
 
 
+def pipeline_line(config: Config, num_micro_batches: int) -> dict[str, str]:
+    """What the header says of a pipeline: its schedule, what of a step it waits, and what makes it wait longer."""
+    parallel = config.parallel
+    if parallel.pp == 1:
+        return {}
+    split = parallel.splits_backward and not config.compile
+    sizes = (parallel.pp_schedule, parallel.pp, parallel.virtual_stages, num_micro_batches)
+    line = f"{parallel.pp_schedule}, {parallel.pp * parallel.virtual_stages} stages"
+    line += f", idle {bubble_share(*sizes, split_backward=split):.0%} of a step"
+    if splits_backward(parallel.pp_schedule) and not split:
+        why = "compiled" if config.compile else "recomputed"
+        line += f" ({bubble_share(*sizes):.0%} where layers are not {why}: backward passes cannot be split)"
+    return {"pipeline": line}
+
+
 def opened(config: Config) -> DataSource:
     """The data of the run, fit for its model."""
     source = open_data(config.data, config.run.seed)
@@ -161,6 +177,7 @@ def run_facts(config: Config, layout: Layout, world: World, source: DataSource) 
             "model": f"{human_count(num_parameters(config.model))} parameters",
             "data": config.data.name if config.data.name != "corpus" else ", ".join(config.data.paths),
             "layout": f"{world.size} × {device}, {axes or 'one process'}",
+            **pipeline_line(config, accumulation),
             "batch": f"{batch}, micro-batch {train.micro_batch_size}, accumulation {accumulation}",
             "numerics": f"{config.precision}, seed {config.run.seed}" + (", compiled" if config.compile else ""),
             "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, {config.schedule.name}, {train.steps} steps",

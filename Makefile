@@ -12,7 +12,7 @@ PYTHON ?= python3
 EXPERIMENT ?= quickstart
 ARGS ?=
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from law.workers import Workers
 
 WORDS = ["def", "return", "layout", "answer", "rank", "(x)", ":", "\n", "    ", "=", "sum", "count", "never", "ε"]
 
@@ -32,6 +33,21 @@ def corpus(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("corpus") / "small"
     build_corpus([text_folder], out, vocab_size=300, valid_fraction=0.15, quiet=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    """One pool of ranks for all tests: starting processes that import torch takes longer than most cases."""
+    pool = Workers()
+    yield pool
+    pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need ranks run in one process of ``--dist loadgroup``, side by side with the rest, file by file."""
+    for item in items:
+        ranks = "workers" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else str(item.path)))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,14 +31,6 @@ from law.workers import Workers
 # This seed needs few cases.
 COVERING = sorted(covering_array(FACTORS, NEUTRAL, legal, seed=13), key=lambda case: (-world_size(case), repr(case)))
 PLAIN: Case = NEUTRAL | {"dp_shard": 2, "accumulation": 1, "kv_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    """One pool for every case of this file."""
-    pool = Workers()
-    yield pool
-    pool.close()
 
 
 _truths: dict[str, Record] = {}

@@ -4,19 +4,11 @@ import itertools
 
 import pytest
 import torch
-from law.workers import Workers
 from parallel import context_cases
 from parallel.context_cases import GRADED, Case
 
 DOCUMENTS = ((13, 7, 1, 30, 5), (19, 37))
 TOLERANCE = 1e-10
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers()
-    yield pool
-    pool.close()
 
 
 def assert_dense(workers, size, cases):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from law.workers import Workers
 from parallel import pipeline_ranks as ranks
@@ -13,13 +11,6 @@ from rung.layout.stages import SCHEDULES, idle_slots, peak_live_micro_batches
 
 TOLERANCE = 1e-10
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    pool = Workers()
-    yield pool
-    pool.close()
 
 
 def train(workers: Workers, case: Case) -> list[dict]:

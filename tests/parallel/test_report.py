@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,14 +35,6 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "zero bubble × hsdp": (4, ["pp=2", "dp_replicate=2", "pp_schedule=interleaved_zero_bubble", "precision=bf16"]),
     "zbv × ring, tied": (4, ["pp=2", "cp=2", "pp_schedule=zbv", "model.tie_word_embeddings=true", "optim=muon"]),
 }
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    """One pool for every case of this file."""
-    pool = Workers()
-    yield pool
-    pool.close()
 
 
 def overrides(corpus: Path, settings: list[str]) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from law.workers import Workers
@@ -16,14 +14,6 @@ LAYOUTS = (
     ["parallel.cp=2", "parallel.tp=2", "parallel.sequence_parallel=false"],
     ["parallel.pp=2", "parallel.pp_schedule=zbv", "parallel.dp_replicate=2"],
 )
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    """One pool for every case of this file."""
-    pool = Workers()
-    yield pool
-    pool.close()
 
 
 def generated(overrides: list[str]) -> list[int]:

@@ -57,7 +57,9 @@ def all_reduce_backward(x: Tensor, group: str) -> Tensor:
 
 def _gather(x: Tensor, dim: int, name: str) -> Tensor:
     if torch.compiler.is_compiling():
-        return functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), dim, cast(Any, name)))
+        # Gathered in dim 0 and put in order here: the form that overlaps with products, and that torch 2.11 can trace.
+        parts = functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, cast(Any, name)))
+        return torch.cat(parts.chunk(parts.shape[0] // x.shape[0]), dim)
     group = group_by_name(name)
     parts = x.new_empty((group.size(), *x.shape))
     all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group)

@@ -62,6 +62,15 @@ def stage_part(model: _Model, layers: range, first: bool, last: bool) -> _Model:
     return part
 
 
+class _Stage(PipelineStage):
+    """A stage on a group that is connected already."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # torch 2.11 has a rank with both sides of a boundary (zbv) send to itself here, which gloo refuses; later
+        # versions do not ask.
+        return []
+
+
 class Pipeline:
     """The stages of one rank, and the schedule that runs them together with those of the other ranks.
 
@@ -226,7 +235,7 @@ class Pipeline:
         # what makes it send them.
         activations = tuple(meta.detach().to("meta").requires_grad_() for meta in boundary)
         made = [
-            PipelineStage(
+            _Stage(
                 part,
                 stage,
                 self._num_stages,

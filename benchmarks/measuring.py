@@ -128,12 +128,12 @@ class Ticks:
 
     @classmethod
     def now(cls, pids: Sequence[int]) -> Ticks:
-        """``pids``: our processes, this one aside."""
+        """``pids``: our processes, this one aside; what they started counts as ours."""
         user, nice, system, idle, wait, irq, soft, stolen = (
             int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
         )
         busy = user + nice + system + irq + soft
-        return cls(busy, stolen, busy + stolen + idle + wait, sum(_process_ticks(pid) for pid in (os.getpid(), *pids)))
+        return cls(busy, stolen, busy + stolen + idle + wait, _ticks_of(os.getpid(), *pids))
 
     def disturbance_since(self, before: Ticks) -> float:
         """Share of the processors that others had: other processes' work and stolen time, 0..1."""
@@ -153,12 +153,18 @@ def wait_for_quiet(max_disturbance: float, patience_seconds: float, pids: Sequen
     return waited
 
 
-def _process_ticks(pid: int) -> int:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it ended
-        return 0
-    return int(fields[11]) + int(fields[12])
+def _ticks_of(*pids: int) -> int:
+    """Ticks of these processes and of all that descend from them."""
+    parents, ticks = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended
+            fields = path.read_text().rpartition(")")[2].split()
+            pid = int(path.parent.name)
+            parents[pid], ticks[pid] = int(fields[1]), int(fields[11]) + int(fields[12])
+    ours = set(pids)
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return sum(ticks.get(pid, 0) for pid in ours)
 
 
 # --- turns, seen from the program that works

@@ -1,7 +1,7 @@
-"""Writes the tables of docs/performance.md from the files in benchmarks/results/, so that no figure is copied by hand.
+"""Writes the tables of the pages in docs/ from the files in benchmarks/results/, so that no figure is copied by hand.
 
-python benchmarks/tables.py            # rewrite the page
-python benchmarks/tables.py --check    # say whether it is up to date
+python benchmarks/tables.py            # rewrite the pages
+python benchmarks/tables.py --check    # say whether they are up to date
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from measuring import RESULTS, ROOT
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 NEVER_RUN = "never run"
 
 
@@ -23,11 +24,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    before = PAGE.read_text()
-    after = filled(before)
+    pages = {page: filled(page.read_text()) for page in PAGES}
+    changed = {page: text for page, text in pages.items() if text != page.read_text()}
     if args.check:
-        sys.exit(0 if after == before else f"{PAGE} differs from benchmarks/results/: run benchmarks/tables.py")
-    PAGE.write_text(after)
+        names = ", ".join(page.name for page in changed)
+        sys.exit(f"{names}: not what benchmarks/results/ says; run benchmarks/tables.py" if changed else 0)
+    for page, text in changed.items():
+        page.write_text(text)
 
 
 def filled(page: str) -> str:
@@ -115,6 +118,132 @@ def mfu(result: Mapping[str, Any] | None) -> str:
     return _table(header, rows) + f"\n\n{ratios}. {_machine(result)}"
 
 
+def layout_steps(result: Mapping[str, Any] | None, cases: Sequence[str]) -> str:
+    """Step times of layouts.py over plain runs of a rank's work."""
+    header = ("", "model", "ms a step", "÷ one process", "÷ processes side by side", "arithmetic alone")
+    if result is None or "steps" not in result:
+        return _table(header, [(LAYOUTS[case], NEVER_RUN, "", "", "", "") for case in cases])
+    rows, notes = [], []
+    settings = result["settings"]
+    for size, part in result["steps"].items():
+        for case in cases:
+            row = part["rows"][case]
+            if "seconds" not in row:
+                rows.append((LAYOUTS[case], size, str(row["error"]).splitlines()[0], "", "", ""))
+                continue
+            milliseconds = {key: 1000 * row["seconds"][key] for key in ("median", "min", "max")}
+            over = [_span(row[key], ".2f") for key in ("over_one", "over_side_by_side")]
+            rows.append((LAYOUTS[case], size, _span(milliseconds, ".0f"), *over, f"{row['expected']:.2f}"))
+        left_out = part["disturbed_rounds"]["number"]
+        notes.append(
+            f"{size}: {part['parameters']:,} parameters, {part['sequences']} × {part['seq_len']} tokens a step, "
+            f"{part['rounds']} rounds of {part['steps_per_turn']} steps, {left_out} further rounds disturbed and not "
+            f"counted, largest relative difference between the losses {part['relative_loss_difference']:.1e}"
+        )
+    cores = f"; fewer cores than the {settings['ranks']} ranks" if settings["oversubscribed"] else ""
+    return _table(header, rows) + f"\n\n{settings['ranks']} ranks{cores}. {'. '.join(notes)}. {_machine(result)}"
+
+
+def layout_bytes(result: Mapping[str, Any] | None, cases: Sequence[str]) -> str:
+    """Bytes that layouts.py wrote down, over the least."""
+    header = ("", "ranks", "MB sent in a step, all ranks", "÷ least")
+    if result is None or "bytes" not in result:
+        return _table(header, [(LAYOUTS[case], NEVER_RUN, "", "") for case in cases])
+    rows = []
+    for ranks, part in result["bytes"].items():
+        for case in cases:
+            row = part["rows"][case]
+            if "sent" not in row:
+                rows.append((LAYOUTS[case], ranks, str(row["error"]).splitlines()[0], ""))
+                continue
+            megabytes = sum(row["sent"].values()) / 1e6
+            rows.append((LAYOUTS[case], ranks, f"{megabytes:.2f}", f"{row['ratio']:.4f}"))
+    size = f"`{' '.join(part['model'])}`, {part['sequences']} × {part['seq_len']} tokens, float32"
+    return _table(header, rows) + f"\n\nRecorded in one step of {size}."
+
+
+def layout_ring(result: Mapping[str, Any] | None) -> str:
+    """Balance of the ring, by arithmetic."""
+    header = ("tokens", "ranks", "documents", "zigzag, computed", "zigzag, visible", "contiguous, visible")
+    header = (*header, "computed ÷ visible")
+    if result is None or "ring" not in result:
+        return _table(header, [(NEVER_RUN, *[""] * 6)])
+    rows = []
+    for row in result["ring"]:
+        ratios = [row[key] for key in ("computed", "visible", "contiguous_visible", "computed_over_visible")]
+        documents = f"{row['documents']} ({row['number']})"
+        rows.append((str(row["seq_len"]), str(row["ranks"]), documents, *(f"{ratio:.3f}" for ratio in ratios)))
+    return _table(header, rows)
+
+
+def layout_start(result: Mapping[str, Any] | None) -> str:
+    """Start-up of layouts.py."""
+    header = ("", "seconds to the first finished step")
+    if result is None or "startup" not in result:
+        return _table(header, [(NEVER_RUN, "")])
+    part = result["startup"]
+    rows = [
+        (f"{part['ranks']} ranks: `{' '.join(part['layouts'][name])}`", _span(seconds, ".1f") if seconds else "failed")
+        for name, seconds in part["seconds"].items()
+    ]
+    text = f"{part['rounds']} rounds. {_left_out(part | {'settings': result['settings']})}"
+    return _table(header, rows) + f"\n\n{text}{_disturbance(part)} {_machine(result)}"
+
+
+def gpu_paths(result: Mapping[str, Any] | None) -> str:
+    """Every path with groups of one rank."""
+    header = ("one GPU, groups of one rank", "ms, forward and backward", "÷ plain", "relative difference of the loss")
+    if result is None:
+        return _table(header, [(NEVER_RUN, "", "", "")])
+    rows = []
+    for name, row in result["paths"]["rows"].items():
+        milliseconds = {key: 1000 * row["seconds"][key] for key in ("median", "min", "max")}
+        rows.append((name, _span(milliseconds, ".1f"), f"{row['over_plain']:.3f}", f"{row['loss_difference']:.1e}"))
+    return _table(header, rows) + f"\n\n{_machine(result)}"
+
+
+def gpu_ring(result: Mapping[str, Any] | None) -> str:
+    """Kernel time of a ring, rank by rank."""
+    header = ("one GPU in the place of each rank", "kernel ms of a rank", "busiest ÷ mean", "contiguous")
+    if result is None:
+        return _table(header, [(NEVER_RUN, "", "", "")])
+    part = result["ring"]
+    rows = []
+    for name, row in part["rows"].items():
+        balances = [f"{row[key]:.3f}" if row[key] else "" for key in ("balance", "contiguous_balance")]
+        rows.append((name, f"{1000 * row['seconds']:.1f}", *balances))
+    return _table(header, rows) + f"\n\n{part['ranks']} ranks, {part['seq_len']} tokens. {_machine(result)}"
+
+
+def gpu_shapes(result: Mapping[str, Any] | None) -> str:
+    """A layer at the shapes of a rank."""
+    header = ("a layer of llama3_8b on one rank of", "ms, forward and backward", "tp × this ÷ whole layer")
+    if result is None:
+        return _table(header, [(NEVER_RUN, "", "")])
+    rows = []
+    for tp, row in result["shapes"]["rows"].items():
+        milliseconds = {key: 1000 * row["seconds"][key] for key in ("median", "min", "max")}
+        rows.append((f"tp {tp}", _span(milliseconds, ".2f"), f"{row['over_whole']:.3f}"))
+    return _table(header, rows) + f"\n\n1 × {result['shapes']['seq_len']} tokens, bf16. {_machine(result)}"
+
+
+LAYOUTS = {
+    "dp_shard": "`dp_shard`",
+    "dp_shard, kept": "`dp_shard`, `reshard_after_forward=false`",
+    "dp_replicate": "`dp_replicate`",
+    "ring": "`cp`, ring",
+    "ulysses": "`cp`, ulysses",
+    "tp": "`tp`",
+    "tp, whole stream": "`tp`, `sequence_parallel=false`",
+    "1f1b": "`pp`, 1f1b",
+    "zbv": "`pp`, zbv",
+}
+AXES = {
+    "data": ("dp_shard", "dp_shard, kept", "dp_replicate"),
+    "tensor": ("tp", "tp, whole stream"),
+    "pipeline": ("1f1b", "zbv"),
+    "context": ("ring", "ulysses"),
+}
 LABELS = {"rung": "Rung", "bare": "`bare_llama.py`", "huggingface": "Hugging Face Trainer"}
 CONTENDERS = ("Rung, compiled", "Rung", f"{LABELS['bare']}, compiled", LABELS["huggingface"])
 TABLES: dict[str, Callable[[Mapping[str, Any] | None], str]] = {
@@ -122,6 +251,13 @@ TABLES: dict[str, Callable[[Mapping[str, Any] | None], str]] = {
     "startup": startup,
     "cross_entropy": cross_entropy,
     "mfu": mfu,
+    **{f"layout_steps_{axis}": partial(layout_steps, cases=cases) for axis, cases in AXES.items()},
+    **{f"layout_bytes_{axis}": partial(layout_bytes, cases=cases) for axis, cases in AXES.items()},
+    "layout_ring": layout_ring,
+    "layout_start": layout_start,
+    "gpu_paths": gpu_paths,
+    "gpu_ring": gpu_ring,
+    "gpu_shapes": gpu_shapes,
 }
 
 

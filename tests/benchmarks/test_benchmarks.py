@@ -68,12 +68,47 @@ def test_cross_entropy_keeps_no_float32_copy_of_the_logits(tmp_path: Path) -> No
     assert result["ways"]["torch_float32"]["peak_bytes"] > gradient + whole_copy
 
 
+def test_layouts_take_turns_with_plain_runs(tmp_path: Path) -> None:
+    steps = measured("layouts.py", tmp_path, "--parts", "steps", "--cases", "tp")["steps"]["toy"]
+    (row,) = steps["rows"].values()
+    assert row["error"] is None
+    assert row["expected"] == 1.0
+    for key in ("seconds", "over_one", "over_side_by_side"):
+        assert len(row[key]["values"]) == steps["rounds"] == 1
+
+
+def test_layouts_send_the_least(tmp_path: Path) -> None:
+    result = measured("layouts.py", tmp_path, "--parts", "bytes", "ring")
+    rows = result["bytes"]["2"]["rows"]
+    assert len(rows) == 9
+    for row in rows.values():
+        assert row["error"] is None
+        assert 1.0 <= row["ratio"] <= 1.05
+    for row in result["ring"]:
+        assert row["visible"] >= 1.0 and row["contiguous_visible"] >= 1.0
+        if row["number"] == 1:
+            assert max(row["computed"], row["visible"]) <= 1.02 < row["contiguous_visible"]
+
+
+def test_start_up_of_ranks(tmp_path: Path) -> None:
+    result = measured("layouts.py", tmp_path, "--parts", "startup")["startup"]
+    assert result["rounds"] == 1
+    assert all(seconds["median"] > 0 for seconds in result["seconds"].values())
+
+
+def test_gpu_part_of_layouts_at_a_toy_size_without_a_gpu(tmp_path: Path) -> None:
+    result = measured("layouts.py", tmp_path, "--gpu")
+    assert {row["loss_difference"] < 1e-2 for row in result["paths"]["rows"].values()} == {True}
+    assert {"ring", "all"} <= result["paths"]["rows"].keys()
+    assert result["ring"]["rows"] and result["shapes"]["rows"]
+
+
 def test_bare_loop_alone() -> None:
     sizes = "--vocab 64 --hidden 16 --inner 32 --layers 2 --heads 2 --batch 2 --micro-batch 1 --seq 8 --steps 6"
     assert "tokens/s" in run("bare_llama.py", *sizes.split(), "--device", "cpu")
 
 
-def test_page_shows_the_results() -> None:
+def test_pages_show_the_results() -> None:
     run("tables.py", "--check")
 
 

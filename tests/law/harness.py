@@ -25,7 +25,7 @@ STEPS = 3
 SEQ_LEN = 16
 
 PIPELINES: dict[str, dict[str, Any]] = {
-    "none": {},
+    "none": {"pp_schedule": "zbv"},  # how a pipeline would run says nothing where there is none
     "gpipe-2": {"pp": 2, "pp_schedule": "gpipe"},
     "1f1b-2": {"pp": 2, "pp_schedule": "1f1b", "pp_layers": [3, 2]},
     "interleaved-2": {"pp": 2, "pp_schedule": "interleaved_1f1b"},
@@ -39,7 +39,7 @@ TENSORS: dict[str, dict[str, Any]] = {
     "4": {"tp": 4},
 }
 CONTEXTS: dict[str, dict[str, Any]] = {
-    "none": {},
+    "none": {"cp_method": "ulysses"},
     "ring-2": {"cp": 2},
     "ulysses-2": {"cp": 2, "cp_method": "ulysses"},
 }
@@ -403,7 +403,10 @@ def run_case(case: Case, corpus: str, mutant: str | None = None, thorough: bool 
     from rung.recipes.config import load_config
     from rung.recipes.pretrain import assemble
 
-    config, layout = load_config(overrides(case, corpus), dist.get_world_size())
+    # Composed once: Hydra takes as long as two steps.
+    composed = [load_config(overrides(case, corpus), dist.get_world_size()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(composed)
+    config, layout = composed[0]
     world = World(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     recorder = Recorder()
     torch._dynamo.reset()  # one process runs more models here than a run ever has

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -12,9 +13,12 @@ from typing import Any
 
 __all__ = ["Workers"]
 
+IMPORTED = ["torch._inductor.compile_fx", "rung.recipes.pretrain", "rung.rollout", "hydra", "pytest"]
+"""What takes seconds to import and starts no threads: imported once, by the process that every rank is forked from."""
+
 
 class Workers:
-    """Groups of spawned processes, one for each world size that was asked for; each serves case after case.
+    """Groups of processes, one for each world size that was asked for; each serves case after case.
 
     A process never changes its group: torch keeps meshes of a group that was destroyed in its caches.
     """
@@ -40,7 +44,8 @@ class Workers:
 
 class _Group:
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        context.set_forkserver_preload(IMPORTED)
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []

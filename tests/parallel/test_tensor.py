@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from rung.layout import chunk
 from rung.models import ModelConfig, build
-from rung.parallel.tensor import DECODER_PLAN, Heads, PartialGradient, TensorPlan, chunk, tensor_parallel
+from rung.parallel.tensor import DECODER_PLAN, Heads, PartialGradient, TensorPlan, tensor_parallel
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Sizes, coordinates and groups as arithmetic, and the logical tensor. Importing it imports no torch."""
 
-from rung.layout.boxes import Box
+from rung.layout.boxes import Box, chunk
 from rung.layout.layout import Layout
 from rung.layout.logical import Facts, LogicalTensor, Piece, Section, Shard, clean_name, local_view, logical_tensors
 
@@ -12,6 +12,7 @@ __all__ = [
     "Piece",
     "Section",
     "Shard",
+    "chunk",
     "clean_name",
     "local_view",
     "logical_tensors",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-__all__ = ["Box", "Section"]
+__all__ = ["Box", "chunk", "Section"]
 
 
 class Run(NamedTuple):
@@ -60,11 +60,17 @@ class Box:
         return Box(offsets, self.sizes)
 
 
+def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and length of a part by torch.chunk's rule, which is DTensor's: the last parts may be short or empty."""
+    step = -(-size // parts)
+    first = min(index * step, size)
+    return first, min(step, size - first)
+
+
 def split(runs: Sequence[Run], parts: int, index: int) -> list[Run]:
     """Part ``index`` of ``parts`` of the indices in ``runs`` by torch.chunk's rule: the last may be short or empty."""
-    total = sum(run.length for run in runs)
-    step = -(-total // parts)
-    return _cut(runs, min(index * step, total), min((index + 1) * step, total))
+    first, size = chunk(sum(run.length for run in runs), parts, index)
+    return _cut(runs, first, first + size)
 
 
 def split_sections(runs: Sequence[Run], sections: Sequence[Section], size: int, place: int) -> list[Run]:

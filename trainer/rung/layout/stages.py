@@ -52,6 +52,8 @@ def splits_backward(schedule: str) -> bool:
 
 def stages_of(schedule: str, pp: int, virtual: int, rank: int) -> list[int]:
     """The stages that a rank holds, in the order in which a micro-batch visits them."""
+    if pp == 1 and virtual == 1:  # no pipeline, whatever its schedule would be
+        return [0]
     if schedule == "zbv":
         return [rank, 2 * pp - 1 - rank]
     return [rank + pp * turn for turn in range(virtual)]

@@ -48,11 +48,10 @@ def evaluate(
     totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("sum", "count", "bytes")}
 
     def consume(outputs: Tensor, batch: Batch) -> None:
+        sums = objective.sums(outputs, batch)  # all ranks that share the vocabulary take part
         if model.counts_outputs:
-            for value in objective.sums(outputs, batch).values():
+            for value in sums.values():
                 totals["sum"] += value
-        else:
-            objective.sums(outputs, batch)  # the ranks that share the vocabulary take part
 
     waiting: list[Batch] = []
     for turn in range(rounds):

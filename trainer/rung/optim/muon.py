@@ -15,7 +15,7 @@ from rung.optim.base import LocalParameter, OptimConfig, Optimizer, StateTensor,
 from rung.optim.exchange import MatrixExchange
 from rung.optim.newton_schulz import orthogonalize
 
-__all__ = ["Muon", "MuonConfig", "is_hidden_matrix"]
+__all__ = ["Muon", "MuonConfig", "acts_as_matrix", "is_hidden_matrix"]
 
 
 @dataclass
@@ -56,10 +56,15 @@ class MuonConfig(OptimConfig):
 
 
 def is_hidden_matrix(parameter: LocalParameter) -> bool:
-    """Whether Muon updates this parameter: matrices, except the embedding and the output head, whose rows are looked up
-    or compared one by one instead of acting together as a linear map."""
-    parts = parameter.name.split(".")
-    return len(parameter.logical.shape) == 2 and "embed_tokens" not in parts and "lm_head" not in parts
+    """Whether Muon updates this parameter."""
+    return acts_as_matrix(parameter.name, len(parameter.logical.shape))
+
+
+def acts_as_matrix(name: str, ndim: int) -> bool:
+    """Whether a parameter is a linear map as a whole: matrices are, except the embedding and the output head, whose
+    rows are looked up or compared one by one."""
+    parts = name.split(".")
+    return ndim == 2 and "embed_tokens" not in parts and "lm_head" not in parts
 
 
 class Muon(Optimizer):

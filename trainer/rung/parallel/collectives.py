@@ -1,8 +1,8 @@
 """The collectives of tensor parallelism as differentiable functions on plain tensors.
 
 Each is what its name says in the forward pass and its transpose in the backward pass. In eager mode they are calls on
-the process group, under torch.compile the functional ops, which the compiler can move and fuse with the products beside
-them. Groups travel by name, because a compiled graph holds no objects.
+the process group; under torch.compile the functional ops, which wait by themselves when they are traced, and which the
+compiler can move and fuse with the products beside them. Groups travel by name: a compiled graph holds no objects.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def all_reduce_backward(x: Tensor, group: str) -> Tensor:
 def _gather(x: Tensor, dim: int, name: str) -> Tensor:
     if torch.compiler.is_compiling():
         # Gathered in dim 0 and put in order here: the form that overlaps with products, and that torch 2.11 can trace.
-        parts = functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, cast(Any, name)))
+        parts = functional.all_gather_tensor(x.contiguous(), 0, cast(Any, name))
         return torch.cat(parts.chunk(parts.shape[0] // x.shape[0]), dim)
     group = group_by_name(name)
     parts = x.new_empty((group.size(), *x.shape))
@@ -68,7 +68,7 @@ def _gather(x: Tensor, dim: int, name: str) -> Tensor:
 
 def _reduce_scatter(x: Tensor, dim: int, name: str) -> Tensor:
     if torch.compiler.is_compiling():
-        return functional.wait_tensor(functional.reduce_scatter_tensor(x, "sum", dim, cast(Any, name)))
+        return functional.reduce_scatter_tensor(x, "sum", dim, cast(Any, name))
     group = group_by_name(name)
     parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
     mine = x.new_empty(parts.shape[1:])
@@ -78,7 +78,7 @@ def _reduce_scatter(x: Tensor, dim: int, name: str) -> Tensor:
 
 def _all_reduce(x: Tensor, name: str) -> Tensor:
     if torch.compiler.is_compiling():
-        return functional.wait_tensor(functional.all_reduce(x, "sum", cast(Any, name)))
+        return functional.all_reduce(x, "sum", cast(Any, name))
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group_by_name(name))
     return total

@@ -20,7 +20,7 @@ from rung.models.flops import StageCosts
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PRECISIONS", "Dtypes", "ParallelConfig", "dtypes"]
+__all__ = ["PRECISIONS", "Dtypes", "ParallelConfig", "dtypes", "uses_fsdp"]
 
 PRECISIONS = ("float64", "float32", "bf16")
 RECOMPUTE = ("none", "selective", "full")
@@ -88,14 +88,14 @@ class ParallelConfig:
 
     @property
     def virtual_stages(self) -> int:
-        """Stages on each pipeline rank."""
-        return self.pp_virtual_stages or default_virtual_stages(self.pp_schedule)
+        """Stages on each pipeline rank; one without a pipeline."""
+        return 1 if self.pp == 1 else self.pp_virtual_stages or default_virtual_stages(self.pp_schedule)
 
-    @property
-    def splits_backward(self) -> bool:
-        """Whether a zero-bubble schedule may run the gradients of weights apart: recomputation would run once for each
-        group of them, and a compiled block has one backward pass."""
-        return splits_backward(self.pp_schedule) and self.activation_checkpointing == "none"
+    def backward_is_split(self, *, compiled: bool) -> bool:
+        """Whether a pipeline's schedule runs the gradients of weights apart from those of inputs: not where it would
+        make recomputation run once for each group of them, nor in compiled blocks, which have one backward pass."""
+        recomputed = self.activation_checkpointing != "none"
+        return self.pp > 1 and splits_backward(self.pp_schedule) and not recomputed and not compiled
 
     def micro_batch_for(self, share: int) -> int:
         """The micro-batch, in sequences, where none is asked for: a data rank's whole ``share`` of the global batch;
@@ -115,7 +115,7 @@ class ParallelConfig:
     def split_layers(self, costs: StageCosts) -> list[range]:
         """The layers of each stage: as given, or so that the dearest stage is as cheap as can be and, among such
         splits, the fullest one as small."""
-        stages = self.pp * self.virtual_stages if self.pp > 1 else 1
+        stages = self.pp * self.virtual_stages
 
         def memory(stage: int, layers: range) -> int:
             tables = (stage == 0) + (stage == stages - 1)
@@ -149,6 +149,11 @@ class Dtypes(NamedTuple):
     parameters: torch.dtype
     compute: torch.dtype
     reduce: torch.dtype
+
+
+def uses_fsdp(layout: Layout, dtypes: Dtypes) -> bool:
+    """Whether parameters are wrapped by FSDP2: it shards, sums over copies, and casts."""
+    return layout.dp_replicate * layout.dp_shard * layout.cp > 1 or dtypes.compute != dtypes.parameters
 
 
 def dtypes(precision: str) -> Dtypes:

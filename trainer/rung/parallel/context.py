@@ -34,13 +34,13 @@ _MASK_ELEMENTS = 2**27
 
 
 class _Ring:
-    """Every ``stride``-th rank of a group, this one among them. Messages go to the next and come from the last."""
+    """Every ``stride``-th rank of a group, this one among them. Messages go to the next, and come from the previous."""
 
     def __init__(self, group_name: str, stride: int) -> None:
         self._group = group_by_name(group_name)
         size, rank = self._group.size(), self._group.rank()
         self.size, self.place = size // stride, rank // stride
-        self._next, self._last = (rank + stride) % size, (rank - stride) % size
+        self._next, self._previous = (rank + stride) % size, (rank - stride) % size
 
     def pass_on(self, messages: Sequence[Tensor]) -> _Hop:
         """Send contiguous tensors to the next rank and receive as many of the same shapes, in the background.
@@ -51,7 +51,7 @@ class _Ring:
         operations = []
         for message, buffer in zip(messages, arriving, strict=True):
             operations.append(dist.P2POp(dist.isend, message, group=self._group, group_peer=self._next))
-            operations.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=self._last))
+            operations.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=self._previous))
         return _Hop(messages, arriving, dist.batch_isend_irecv(operations) if operations else [])
 
 

@@ -43,13 +43,14 @@ def add_partial_gradients(partial: Sequence[Partial], group: dist.ProcessGroup) 
     by_dtype: dict[torch.dtype, list[tuple[Tensor, int]]] = {}
     for one in partial:
         for gradient in one.gradients():
-            by_dtype.setdefault(gradient.dtype, []).append((gradient, one.replicas))
+            if gradient.numel():  # the ranks that share it have as much
+                by_dtype.setdefault(gradient.dtype, []).append((gradient, one.replicas))
     for dtype, gradients in by_dtype.items():
         sizes = [gradient.numel() * (size // replicas) for gradient, replicas in gradients]
         buffer = torch.zeros(sum(sizes), dtype=dtype, device=gradients[0][0].device)
         mine = [
-            part.view(size // replicas, -1)[rank // replicas] if gradient.numel() else part
-            for (gradient, replicas), part in zip(gradients, buffer.split(sizes), strict=True)
+            part.view(size // replicas, -1)[rank // replicas]
+            for (_, replicas), part in zip(gradients, buffer.split(sizes), strict=True)
         ]
         originals = [gradient.reshape(-1) for gradient, _ in gradients]
         torch._foreach_copy_(mine, originals)

@@ -1,4 +1,4 @@
-"""Which layouts a model can be spread over: arithmetic only, before any process group exists. Imports no torch.
+"""Which layouts a model can be spread over: arithmetic only, before any process group exists.
 
 A choice of method (``pp_schedule``, ``cp_method``, ``sequence_parallel``, ``defer_gradient_sync``) is one of how to do
 something and holds wherever there is something to do. A number of ranks, stages or layers, or an overlap, that finds
@@ -142,8 +142,7 @@ def _context_problems(parallel: ParallelConfig, model: ModelConfig, seq_len: int
 
 def _reshard_problems(parallel: ParallelConfig, layout: Layout | None, compile: bool, precision: str) -> list[str]:
     """A split backward looks for parameters that resharding has freed: it would lose their gradients in silence."""
-    splits = parallel.pp > 1 and parallel.splits_backward and not compile
-    if not (splits and parallel.reshard_after_forward):
+    if not (parallel.backward_is_split(compiled=compile) and parallel.reshard_after_forward):
         return []
     # Without a layout the degrees as given are what there is to go by; -1 stands for whatever is left.
     degrees = (layout.data_size, layout.cp) if layout else (parallel.dp_replicate, parallel.dp_shard, parallel.cp)

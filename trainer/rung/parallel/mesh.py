@@ -26,12 +26,18 @@ class Groups:
     def __init__(self, layout: Layout, rank: int, device_type: str) -> None:
         self.layout, self.rank, self.device_type = layout, rank, device_type
         self.place = layout.coordinate(rank)
+        self._groups: dict[tuple[str, ...], dist.ProcessGroup | None] = {}
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
         """The ranks that differ from this one along ``axes`` only; None where that is this rank alone.
 
         Collective over the world when these ranks are asked for the first time.
         """
+        if axes not in self._groups:
+            self._groups[axes] = self._find(*axes)
+        return self._groups[axes]
+
+    def _find(self, *axes: str) -> dist.ProcessGroup | None:
         lists = self.layout.groups(*axes)
         if len(lists[0]) == 1:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from rung.errors import UserError
 from rung.layout.stages import stages_of
 from rung.models import Decoder, stage_costs
 from rung.models.decoder import Attention
-from rung.parallel.config import Dtypes, ParallelConfig
+from rung.parallel.config import Dtypes, ParallelConfig, uses_fsdp
 from rung.parallel.context import SAVED_UNDER_RECOMPUTE, ContextAttention, ContextMask
 from rung.parallel.mesh import Groups
 from rung.parallel.pipeline import stage_part
@@ -42,9 +43,9 @@ def parallelize(
     are made here.
     """
     layout, place = groups.layout, groups.place
-    data_ranks = layout.dp_replicate * layout.dp_shard * layout.cp
-    # One rank that computes in its parameters' dtype needs no FSDP.
-    mesh = groups.mesh(sharded=data_ranks > 1 or dtypes.compute != dtypes.parameters)
+    if config.async_tp:
+        overlap_collectives_with_products(groups.device_type)
+    mesh = groups.mesh(sharded=uses_fsdp(layout, dtypes))
     ties = _ties(model)
     stages = stages_of(config.pp_schedule, layout.pp, config.virtual_stages, place["pp"])
     split = config.split_layers(stage_costs(model.config, seq_len))
@@ -64,7 +65,7 @@ def parallelize(
         plans,
         ties,
         num_micro_batches=num_micro_batches,
-        split_backward=config.splits_backward and not compile_blocks,
+        split_backward=config.backward_is_split(compiled=compile_blocks),
     )
 
 
@@ -87,8 +88,6 @@ def _spread_part(
             heads=Heads(part.config.num_attention_heads, part.config.num_key_value_heads, part.config.head_dim),
             sequence_parallel=config.sequence_parallel,
         )
-        if config.async_tp:
-            _overlap_with_products(name)
     if groups.layout.cp > 1:
         _context_parallel(part, groups, config)
     for block in part.blocks():
@@ -134,6 +133,18 @@ def _context_parallel(part: Decoder, groups: Groups, config: ParallelConfig) -> 
             module.inner = ContextAttention(group, config.ulysses_degree, part.config.sliding_window)
 
 
+def overlap_collectives_with_products(device_type: str) -> None:
+    """Have inductor cut products in pieces and send each while the next is computed: torch's async tensor parallel.
+
+    The switch is the process's, and stays on. Raises UserError where there is no CUDA.
+    """
+    if device_type != "cuda":
+        raise UserError(f"parallel.async_tp=true needs CUDA, and this run is on {device_type}; set it to false")
+    import torch._inductor.config as inductor
+
+    inductor._micro_pipeline_tp = True
+
+
 def _ties(model: nn.Module) -> dict[str, str]:
     """Name -> the first name of the same parameter."""
     first: dict[nn.Parameter, str] = {}
@@ -142,15 +153,6 @@ def _ties(model: nn.Module) -> dict[str, str]:
         if first.setdefault(parameter, name) != name:
             ties[name] = first[parameter]
     return ties
-
-
-def _overlap_with_products(group: str) -> None:
-    """Have inductor cut products in pieces and send each while the next is computed: torch's async tensor parallel."""
-    import torch._inductor.config as inductor
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    inductor._micro_pipeline_tp = True
-    enable_symm_mem_for_group(cast(Any, group))
 
 
 def _recomputed(forward: Any, mode: str, distributed: bool) -> Any:

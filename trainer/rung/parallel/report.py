@@ -17,14 +17,15 @@ from math import gcd, prod
 
 import torch
 
-from rung.layout import Layout
+from rung.layout import Layout, chunk
 from rung.layout.context import Zigzag
 from rung.layout.stages import bubble_share, num_boundary_buffers, peak_live_micro_batches, rank_of_stage, stages_of
 from rung.models import ModelConfig, parameter_shapes, stage_costs
 from rung.optim.exchange import assign_owners
+from rung.optim.muon import acts_as_matrix
 from rung.optim.newton_schulz import orthogonalize_cost
-from rung.parallel.config import ParallelConfig, dtypes
-from rung.parallel.tensor import DECODER_PLAN, chunk
+from rung.parallel.config import ParallelConfig, dtypes, uses_fsdp
+from rung.parallel.tensor import DECODER_PLAN, Heads, LocalPart, local_part
 
 __all__ = ["Collective", "LayoutReport", "RankReport", "layout_report"]
 
@@ -144,7 +145,7 @@ def layout_report(
         num_micro_batches=num_micro_batches,
         precision=precision,
         optimizer=optimizer,
-        split_backward=parallel.splits_backward and not compile,
+        split_backward=parallel.backward_is_split(compiled=compile),
         document_mask=document_mask,
         on_cuda=device != "cpu",
     )
@@ -181,8 +182,8 @@ class _Local:
     unsharded: int
     """Elements that a rank computes with: its part under tensor parallelism."""
     logical_ndim: int
-    replicas: int
-    """tp ranks that each have a summand of the gradient; 1 where none is missing."""
+    summed: int
+    """Elements of the message that adds up its gradient over tp ranks; 0 where each has the whole of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +222,7 @@ class _Pieces:
     @property
     def has_fsdp(self) -> bool:
         """Whether FSDP is there at all: it also casts, and sums over copies."""
-        return self.fsdp * self.layout.dp_replicate > 1 or self.parameter_size != self.compute_size
+        return uses_fsdp(self.layout, dtypes(self.precision))
 
     @property
     def parameter_size(self) -> int:
@@ -356,33 +357,27 @@ class _Pieces:
 
     def local(self, name: str, shape: tuple[int, ...], shard: int, tp: int) -> _Local:
         """A parameter on a rank."""
-        size, replicas = self.layout.tp, 1
-        module = name.rpartition(".")[0]
-        role = _role(module)
-        local = list(shape)
+        size, model = self.layout.tp, self.model
+        part = LocalPart(list(shape), 1, 0)
         if size > 1:
-            if role == "inside" or (role == "stream" and self.parallel.sequence_parallel):
-                replicas = size
-            elif role == "kv_column" and self.model.num_key_value_heads < size:
-                replicas = size // self.model.num_key_value_heads
-                local[0] //= self.model.num_key_value_heads
-            elif role not in ("inside", "stream"):
-                dim = 1 if role == "row" else 0
-                local[dim] = chunk(shape[dim], size, tp)[1]
-        rows, width = local[0], prod(local[1:])
+            heads = Heads(model.num_attention_heads, model.num_key_value_heads, model.head_dim)
+            role = _role(name.rpartition(".")[0])
+            part = local_part(role, shape, heads, size, tp, sequence_parallel=self.parallel.sequence_parallel)
+        rows, width = part.shape[0], prod(part.shape[1:])
+        first, number = chunk(rows, self.fsdp, shard)
+        complete = max(0, min(part.first_row // size - first, number))  # rows that no other rank has a summand of
         return _Local(
             name=name,
-            numel=chunk(rows, self.fsdp, shard)[1] * width,
-            padded=-(-rows // self.fsdp) * width,
+            numel=number * width,
+            padded=chunk(rows, self.fsdp, 0)[1] * width,
             unsharded=rows * width,
             logical_ndim=len(shape),
-            replicas=replicas,
+            summed=(number - complete) * width * (size // part.replicas) if part.replicas > 1 else 0,
         )
 
     def is_matrix(self, local: _Local) -> bool:
         """Whether Muon updates it."""
-        parts = local.name.split(".")
-        return local.logical_ndim == 2 and "embed_tokens" not in parts and "lm_head" not in parts
+        return acts_as_matrix(local.name, local.logical_ndim)
 
     def optimizer_bytes(self, local: _Local) -> int:
         if self.optimizer == "muon" and self.is_matrix(local):
@@ -582,10 +577,9 @@ class _Pieces:
             yield self.collective("cross-entropy", "all_gather", axes, count, facts)
 
     def of_partial_gradients(self, parameters: Sequence[_Local]) -> Collective | None:
-        partial = [local for local in parameters if local.replicas > 1]
-        elements = sum(local.numel * (self.layout.tp // local.replicas) for local in partial)
+        elements = sum(local.summed for local in parameters)
         return self.collective(
-            "summands of gradients", "all_reduce", ("tp",), int(bool(partial)), elements * self.parameter_size
+            "summands of gradients", "all_reduce", ("tp",), int(elements > 0), elements * self.parameter_size
         )
 
     def of_context(self, stages: Sequence[int]) -> Iterable[Collective | None]:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import rung_kernels
 from rung.data import Batch
-from rung.layout import Facts, LogicalTensor, clean_name, local_view, logical_tensors
+from rung.layout import Facts, LogicalTensor, chunk, clean_name, local_view, logical_tensors
 from rung.layout.stages import rank_of_stage
 from rung.models import Decoder, ModelConfig
 from rung.optim import LocalParameter
@@ -25,7 +25,7 @@ from rung.parallel.context import cut_context
 from rung.parallel.gradients import Partial, add_partial_gradients
 from rung.parallel.mesh import FSDP, Groups
 from rung.parallel.pipeline import Pipeline, sum_tied_gradients
-from rung.parallel.tensor import TensorPlan, chunk
+from rung.parallel.tensor import TensorPlan
 
 __all__ = ["SpreadModel", "run_model"]
 
@@ -149,13 +149,12 @@ class SpreadModel:
         """Run batches without gradients; ``consume`` gets their outputs in order, on the ranks that have outputs."""
         if self._pipeline is not None:
             self._pipeline.forward(batches, consume)
-        else:
-            for batch in batches:
-                consume(run_model(self.parts[0], batch), batch)
-        for part in self.parts:
-            for module in part.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # the root stays gathered after a forward pass without a backward pass
+            return
+        for batch in batches:
+            consume(run_model(self.parts[0], batch), batch)
+        for module in self.parts[0].modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the root stays gathered after a forward pass without a backward pass
 
     @torch.no_grad()
     def next_token_logits(self, tokens: Sequence[int]) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,11 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as TorchShard
 
-from rung.layout import Facts, Section, clean_name
+from rung.layout import Facts, Section, chunk, clean_name
 from rung.models.decoder import Attention, Dropout
 from rung.parallel.collectives import all_reduce_backward, all_reduce_forward, gather, reduce_scatter
 
-__all__ = ["DECODER_PLAN", "Heads", "PartialGradient", "TensorPlan", "chunk", "tensor_parallel"]
+__all__ = ["DECODER_PLAN", "Heads", "PartialGradient", "TensorPlan", "local_part", "tensor_parallel"]
 
 DECODER_PLAN: dict[str, str] = {
     "embed_tokens": "embedding",
@@ -134,6 +134,33 @@ def tensor_parallel(
     return found
 
 
+class LocalPart(NamedTuple):
+    """What a tensor rank holds of a parameter."""
+
+    shape: list[int]
+    replicas: int
+    """Number of neighbouring ranks that hold the same rows and have a summand of their gradient each; 1 for none."""
+    first_row: int
+    """Logical rows before this one are on one rank each."""
+
+
+def local_part(
+    role: str, shape: Sequence[int], heads: Heads, size: int, rank: int, *, sequence_parallel: bool
+) -> LocalPart:
+    """What a rank of ``size`` holds of a parameter of ``shape``, by the role of its module."""
+    local = list(shape)
+    if role in ("stream", "inside"):
+        return LocalPart(local, size if role == "inside" or sequence_parallel else 1, 0)
+    if role in ("kv_column", "fused_qkv"):
+        replicas = max(1, size // heads.keys)
+        queries = heads.queries * heads.size if role == "fused_qkv" else 0
+        local[0] = queries // size + (shape[0] - queries) * replicas // size
+        return LocalPart(local, replicas, queries)
+    dim = 1 if role == "row" else 0
+    local[dim] = chunk(shape[dim], size, rank)[1]
+    return LocalPart(local, 1, 0)
+
+
 def _distribute(
     name: str,
     parameter: nn.Parameter,
@@ -146,28 +173,20 @@ def _distribute(
     """The parameter as a DTensor on the meta device."""
     size, rank = mesh.size(), mesh.get_local_rank()
     shape = list(parameter.shape)
+    part = local_part(role, shape, heads, size, rank, sequence_parallel=sequence_parallel)
+    if part.replicas > 1:
+        found.partial.append(PartialGradient(name, part.replicas, part.first_row))
     if role in ("stream", "inside"):
-        if role == "inside" or sequence_parallel:
-            found.partial.append(PartialGradient(name, size))
-        return _dtensor(parameter, mesh, Replicate(), shape, shape)
-    dim = 1 if role == "row" else 0
-    local = list(shape)
+        return _dtensor(parameter, mesh, Replicate(), shape, part.shape)
     if role in ("kv_column", "fused_qkv"):
         # Copies of the same head count in the DTensor's shape; the logical tensor knows them for one.
-        replicas = max(1, size // heads.keys)
-        queries = heads.queries * heads.size if role == "fused_qkv" else 0
-        keys = shape[0] - queries
-        if replicas > 1:
-            found.partial.append(PartialGradient(name, replicas, queries))
-        if queries:
-            pair = [Section(keys // 2, replicas)] * 2
-            found.facts[name] = {"shape": shape, "sections": {"tp": (Section(queries), *pair)}}
-        elif replicas > 1:
-            found.facts[name] = {"replicas": {"tp": replicas}}
-        local[0] = queries // size + keys * replicas // size
-        return _dtensor(parameter, mesh, TorchShard(0), [local[0] * size, *shape[1:]], local)
-    local[dim] = chunk(shape[dim], size, rank)[1]
-    return _dtensor(parameter, mesh, TorchShard(dim), shape, local)
+        if role == "fused_qkv":
+            pair = [Section((shape[0] - part.first_row) // 2, part.replicas)] * 2
+            found.facts[name] = {"shape": shape, "sections": {"tp": (Section(part.first_row), *pair)}}
+        elif part.replicas > 1:
+            found.facts[name] = {"replicas": {"tp": part.replicas}}
+        return _dtensor(parameter, mesh, TorchShard(0), [part.shape[0] * size, *shape[1:]], part.shape)
+    return _dtensor(parameter, mesh, TorchShard(1 if role == "row" else 0), shape, part.shape)
 
 
 def _dtensor(
@@ -195,13 +214,6 @@ class _Edges:
     def leave(self, y_BTD: Tensor) -> Tensor:
         """Partial sums of a region onto the residual stream."""
         return reduce_scatter(y_BTD, 1, self.group) if self.sequence_parallel else all_reduce_forward(y_BTD, self.group)
-
-
-def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
-    """Start and length of a part by torch.chunk's rule, which is DTensor's: the last parts may be short or empty."""
-    step = -(-size // parts)
-    first = min(index * step, size)
-    return first, min(step, size - first)
 
 
 def _become(module: nn.Module, edges: _Edges, role: str) -> None:

@@ -44,6 +44,7 @@ def pretrain(config: Config, layout: Layout) -> int:
             if source.num_eval_windows == 0:
                 monitor.message("nothing is held out of this corpus: there will be no evaluation")
             run = assemble(config, layout, world, source, monitor)
+            world.set_timeout(config.train.first_timeout_seconds)  # of the groups that were made for it, too
             outcome = train(run)
             world.set_timeout(config.train.first_timeout_seconds)  # writing large weights takes its time
             facts = finish(config, run, outcome) if outcome.state == "completed" else {}
@@ -93,7 +94,7 @@ def pipeline_line(config: Config, num_micro_batches: int) -> dict[str, str]:
     parallel = config.parallel
     if parallel.pp == 1:
         return {}
-    split = parallel.splits_backward and not config.compile
+    split = parallel.backward_is_split(compiled=config.compile)
     sizes = (parallel.pp_schedule, parallel.pp, parallel.virtual_stages, num_micro_batches)
     line = f"{parallel.pp_schedule}, {parallel.pp * parallel.virtual_stages} stages"
     line += f", idle {bubble_share(*sizes, split_backward=split):.0%} of a step"

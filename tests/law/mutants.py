@@ -522,7 +522,7 @@ def schedule_divides_by_micro_batches() -> Iterator[None]:
 @mutant(pipeline="1f1b-2", accumulation=2, dp_shard=1, tied=True)
 def tied_stages_learn_apart() -> Iterator[None]:
     """The embedding and the head of different stages keep their own gradients."""
-    module = import_module("rung.parallel.spread")
+    module = import_module("rung.parallel.pipeline")
 
     with mock.patch.object(module, "sum_tied_gradients", lambda *args: None):
         yield

@@ -19,7 +19,6 @@ from rung.models.decoder import Attention
 from rung.parallel.config import Dtypes, ParallelConfig, uses_fsdp
 from rung.parallel.context import SAVED_UNDER_RECOMPUTE, ContextAttention, ContextMask
 from rung.parallel.mesh import Groups
-from rung.parallel.pipeline import stage_part
 from rung.parallel.spread import SpreadModel
 from rung.parallel.tensor import DECODER_PLAN, Heads, TensorPlan, tensor_parallel
 
@@ -49,6 +48,8 @@ def parallelize(
     ties = _ties(model)
     stages = stages_of(config.pp_schedule, layout.pp, config.virtual_stages, place["pp"])
     split = config.split_layers(stage_costs(model.config, seq_len))
+    if len(split) > 1:
+        from rung.parallel.pipeline import stage_part  # a second of imports that most runs can do without
     parts, plans = [], []
     for stage in stages:
         first, last = stage == 0, stage == len(split) - 1

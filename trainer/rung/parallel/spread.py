@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, D hidden size, N rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,8 +25,10 @@ from rung.parallel.config import Dtypes, ParallelConfig
 from rung.parallel.context import cut_context
 from rung.parallel.gradients import Partial, add_partial_gradients
 from rung.parallel.mesh import FSDP, Groups
-from rung.parallel.pipeline import Pipeline, sum_tied_gradients
 from rung.parallel.tensor import TensorPlan
+
+if TYPE_CHECKING:
+    from rung.parallel.pipeline import Pipeline
 
 __all__ = ["SpreadModel", "run_model"]
 
@@ -108,6 +111,8 @@ class SpreadModel:
             part.tie_weights()  # to_empty gives tied names storage of their own
         group = self.groups.group("pp")
         if group is not None:
+            from rung.parallel.pipeline import Pipeline  # a second of imports that most runs can do without
+
             self._pipeline = Pipeline(
                 self.parts,
                 self.stages,
@@ -233,6 +238,8 @@ class SpreadModel:
         group = self.groups.group("pp")
         if group is None:
             return
+        from rung.parallel.pipeline import sum_tied_gradients
+
         last_rank = rank_of_stage(self._config.pp_schedule, self.layout.pp, len(self.stages), self.num_stages - 1)
         for alias, name in self._ties.items():
             ends = [by_name.get(name), by_name.get(alias)]

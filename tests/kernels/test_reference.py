@@ -1,12 +1,9 @@
 """The references against naive formulas, forward and every gradient, in float64."""
 
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from live_bytes import LiveBytes
 
 import rung_kernels
 from rung_kernels import reference
@@ -99,30 +96,6 @@ def test_cross_entropy_of_narrow_logits_is_computed_in_float32():
     assert losses.dtype == torch.float32 and grad.dtype == torch.bfloat16
     torch.testing.assert_close(losses, exact_losses, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad, exact_grad.bfloat16(), rtol=1e-2, atol=1e-6)  # an ulp at the rounding boundary
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of each dtype that were alive at once among the results of operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[torch.dtype, int] = {}
-        self.peak: dict[torch.dtype, int] = {}
-        self.seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
-                storage, dtype = tensor.untyped_storage(), tensor.dtype
-                self.seen[storage] = None
-                self.alive[dtype] = self.alive.get(dtype, 0) + storage.nbytes()
-                self.peak[dtype] = max(self.peak.get(dtype, 0), self.alive[dtype])
-                weakref.finalize(storage, self.release, dtype, storage.nbytes())
-        return result
-
-    def release(self, dtype: torch.dtype, num_bytes: int) -> None:
-        self.alive[dtype] -= num_bytes
 
 
 def test_cross_entropy_never_holds_the_logits_in_float32(monkeypatch):

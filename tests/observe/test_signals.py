@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from observe import signal_ranks
 
 from rung.observe import StopSignals, agree
 
@@ -66,19 +67,5 @@ def test_agreeing_alone():
     assert agree(15) == 15 and agree(0) == 0
 
 
-AGREE = """
-import os, sys
-import torch.distributed as dist
-from rung.observe import agree
-rank = 1 if os.fork() == 0 else 0
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
-os.write(1, f"{agree(0)} {agree(15 if rank == 1 else 0)}\\n".encode())  # one write: two ranks share the pipe
-dist.destroy_process_group()
-if rank == 0:
-    os.wait()
-"""
-
-
-def test_all_ranks_agree(tmp_path):
-    run = subprocess.run([sys.executable, "-c", AGREE, tmp_path / "store"], capture_output=True, text=True, timeout=60)
-    assert run.stdout == "0 15\n0 15\n", run.stderr
+def test_all_ranks_agree(workers):
+    assert workers.run(2, signal_ranks.agreed) == [(0, 15), (0, 15)]

@@ -1,50 +1,27 @@
-"""The sharding never changes the answer: one group of four processes runs every case of sharded_worker.py."""
+"""The sharding never changes the answer: one group of four processes runs every case of sharded_ranks.py."""
 
-import importlib.util
-import os
-import subprocess
-import sys
+import functools
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from law.workers import Workers
+from optim import sharded_ranks as ranks
 
 from rung.optim import Muon, MuonConfig
 from rung.optim.exchange import assign_owners
 
-WORKER = Path(__file__).with_name("sharded_worker.py")
-
-
-def load_worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sharded_worker", WORKER)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = load_worker()
 Results = list[dict]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), "4", str(folder / "rendezvous"), str(folder)], env=environment
-        )
-        for rank in range(4)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in ranks] == [0] * 4
-    finally:
-        for process in ranks:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
+def results(workers: Workers) -> Results:
+    return workers.run(4, ranks.every_case)
+
+
+@functools.cache
+def one_process(optimizer: str, dtype: str) -> list[tuple]:
+    return ranks.run(ranks.CONFIGS[optimizer], ranks.chunked, ranks.DTYPES[dtype], 0, 1, None)
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +37,10 @@ def assemble(results: Results, case: tuple) -> dict[str, torch.Tensor]:
     """Whole tensors from every rank's boxes; copies of one box must agree."""
     whole: dict[str, torch.Tensor] = {}
     for rank in results:
-        for name, box, _, values in rank["cases"].get(case, []):
+        for name, box, _, array in rank["cases"].get(case, []):
+            values = torch.from_numpy(array)
             parameter, _, state = name.partition("/")
-            shape = () if state == "step" else worker.SHAPES[parameter]
+            shape = () if state == "step" else ranks.SHAPES[parameter]
             target = whole.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype))
             there = target[box.slices()]
             assert bool(there.isnan().all()) or torch.equal(there, values)
@@ -71,21 +49,21 @@ def assemble(results: Results, case: tuple) -> dict[str, torch.Tensor]:
 
 
 def test_one_group_runs_every_case(results: Results) -> None:
-    assert len(results[0]["cases"]) == len(worker.CASES) * len(worker.CONFIGS) * len(worker.DTYPES)
+    assert len(results[0]["cases"]) == len(ranks.CASES) * len(ranks.CONFIGS) * len(ranks.DTYPES)
 
 
-@pytest.mark.parametrize("dtype", worker.DTYPES)
-@pytest.mark.parametrize("optimizer", worker.CONFIGS)
-@pytest.mark.parametrize(("sharding", "size"), worker.CASES)
+@pytest.mark.parametrize("dtype", ranks.DTYPES)
+@pytest.mark.parametrize("optimizer", ranks.CONFIGS)
+@pytest.mark.parametrize(("sharding", "size"), ranks.CASES)
 def test_sharding_does_not_change_the_answer(
     results: Results, sharding: str, size: int, optimizer: str, dtype: str
 ) -> None:
-    alone = worker.run(worker.CONFIGS[optimizer], worker.chunked, worker.DTYPES[dtype], 0, 1, None)
+    alone = one_process(optimizer, dtype)
     spread = assemble(results, (sharding, size, optimizer, dtype))
     assert set(spread) == {name for name, *_ in alone}
     for name, _, _, values in alone:
         if "step" in name:
-            assert values == worker.STEPS - 1 == spread[name]
+            assert values == ranks.STEPS - 1 == spread[name]
         elif optimizer != "adamw" and "_proj" in name:
             assert torch.equal(values, spread[name]), name
         else:  # torch's fused AdamW rounds the ragged end of each local tensor otherwise than its body
@@ -95,7 +73,7 @@ def test_sharding_does_not_change_the_answer(
 
 @pytest.mark.parametrize("sharding", ["chunked", "ragged", "striped", "columns"])
 def test_one_rank_owns_each_scalar_state(results: Results, sharding: str) -> None:
-    for name in worker.SHAPES:
+    for name in ranks.SHAPES:
         owners = [
             owned
             for rank in results
@@ -108,11 +86,11 @@ def test_one_rank_owns_each_scalar_state(results: Results, sharding: str) -> Non
 def test_two_messages_a_step(results: Results) -> None:
     for rank, result in enumerate(results):
         num_muon_runs = sum(key[2] == "muon" for key in result["cases"])
-        assert result["messages"] == 2 * worker.STEPS * num_muon_runs, rank
+        assert result["messages"] == 2 * ranks.STEPS * num_muon_runs, rank
 
 
 def test_a_matrix_that_is_not_all_there_is_refused() -> None:
-    parameters = worker.local_parameters(worker.chunked, torch.float32, 0, 2, None)
+    parameters = ranks.local_parameters(ranks.chunked, torch.float32, 0, 2, None)
     with pytest.raises(RuntimeError, match=r"q_proj.*hold 63 of"):
         Muon([p for p in parameters if "q_proj" in p.name], MuonConfig())
 

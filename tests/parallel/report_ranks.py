@@ -29,7 +29,7 @@ class Found:
 
 
 class Meter:
-    """Stands where the monitor stands, and listens to one step of the loop, from reading to the update."""
+    """Stands where the monitor stands, listens to one step of the loop, from reading to the update, and then stops."""
 
     stop_requested = False
 
@@ -45,6 +45,7 @@ class Meter:
         if step == MEASURED_STEP:
             self._traffic.__exit__(None, None, None)
             self.sent = self._traffic.by_axes(self._layout)
+            self.stop_requested = True
 
     def evaluated(self, *_: Any) -> None:
         pass
@@ -70,16 +71,14 @@ class WeighingOptimizer:
         self._optimizer.zero_grad()
 
 
-def measure(overrides: list[str]) -> Found:
-    """Train two steps with the real loop."""
+def measure(config: Any, layout: Any) -> Found:
+    """Train two steps with the real loop, which stops before it would evaluate."""
     from rung.data import open_data
     from rung.layout import local_view
     from rung.loop import train
     from rung.parallel import World
-    from rung.recipes.config import load_config
     from rung.recipes.pretrain import assemble
 
-    config, layout = load_config(overrides, dist.get_world_size())
     world = World(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     meter = Meter(layout)
     # The same graphs without code generation, which takes long when ranks generate C++ side by side.
@@ -96,7 +95,7 @@ def measure(overrides: list[str]) -> Found:
     )
 
 
-def kept(overrides: list[str]) -> int:
+def kept(config: Any, layout: Any) -> int:
     """Bytes that the forward pass of one micro-batch leaves behind for backward, as storages counted once.
 
     Parameters are left out, and what the loss keeps. What selective recomputation keeps is not seen from here.
@@ -105,10 +104,8 @@ def kept(overrides: list[str]) -> int:
     from rung.layout import local_view
     from rung.loop.step import StepReader
     from rung.parallel import World
-    from rung.recipes.config import load_config
     from rung.recipes.pretrain import assemble
 
-    config, layout = load_config(overrides, dist.get_world_size())
     world = World(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     source = open_data(config.data, config.run.seed)
     run = assemble(config, layout, world, source, Meter(layout))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from law.workers import Workers
-from parallel.report_ranks import kept, measure, one_of_each
+from parallel.report_ranks import MEASURED_STEP, kept, measure, one_of_each
 
 from rung.cli.doctor_layout import report_of
 from rung.observe.traffic import Sent
@@ -47,9 +47,8 @@ def overrides(corpus: Path, settings: list[str]) -> list[str]:
         "data=corpus",
         f"data.paths=[{corpus}]",
         "data.seq_len=16",
-        "train.steps=2",
-        "eval.final_batches=1",
-        "train.global_batch_size=16",
+        f"train.steps={MEASURED_STEP + 1}",
+        f"train.global_batch_size={16 if any('dp_' in s for s in settings) else 8}",
         "train.micro_batch_size=2",
         "model=tiny",
         "model.vocab_size=311",
@@ -80,10 +79,9 @@ def totals(report: LayoutReport, rank: int) -> dict[tuple[str, tuple[str, ...]],
 @pytest.mark.parametrize("case", CASES)
 def test_report_says_what_a_real_step_holds_and_sends(case: str, corpus: Path, workers: Workers) -> None:
     world_size, settings = CASES[case]
-    words = overrides(corpus, settings)
-    config, layout = load_config(words, world_size)
+    config, layout = load_config(overrides(corpus, settings), world_size)
     report = report_of(config, layout)
-    for rank, found in enumerate(workers.run(world_size, measure, words)):
+    for rank, found in enumerate(workers.run(world_size, measure, config, layout)):
         expected = report.ranks[rank]
         assert expected.parameter_bytes == found.parameter_bytes
         assert expected.gradient_bytes == found.gradient_bytes
@@ -108,9 +106,9 @@ def test_report_says_what_a_real_step_holds_and_sends(case: str, corpus: Path, w
 def test_estimate_of_activations_is_close(settings: list[str], corpus: Path, workers: Workers) -> None:
     world_size = 1 if "dp_shard=1" in settings else 2
     sizes = ["train.micro_batch_size=8", "train.global_batch_size=8", "reshard_after_forward=false"]
-    words = overrides(corpus, settings + sizes)
-    estimate = report_of(*load_config(words, world_size)).ranks[0].activation_bytes
-    for found in workers.run(world_size, kept, words):
+    config, layout = load_config(overrides(corpus, settings + sizes), world_size)
+    estimate = report_of(config, layout).ranks[0].activation_bytes
+    for found in workers.run(world_size, kept, config, layout):
         assert abs(estimate - found) <= 0.03 * found
 
 

@@ -1,12 +1,9 @@
-"""One rank of test_sharded.py: many shardings of one optimizer run, on subgroups of one process group.
+"""What one rank does in test_sharded.py: many shardings of one optimizer run, on subgroups of one process group."""
 
-Usage: sharded_worker.py RANK WORLD_SIZE RENDEZVOUS_FILE OUTPUT_FOLDER
-"""
-
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -121,29 +118,16 @@ def run(
     ]
 
 
-def main(rank: int, world_size: int, rendezvous: str, output: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+def every_case() -> dict[str, Any]:
+    """All cases that this rank takes part in, arrays for tensors, and the number of messages; four ranks call it."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     groups = {size: dist.new_group(list(range(size))) for size in range(1, world_size + 1)}
     results = {}
-    messages = 0
-    send = dist.all_to_all_single
-
-    def counted(*args: object, **kwargs: object) -> object:
-        nonlocal messages
-        messages += 1
-        return send(*args, **kwargs)
-
-    dist.all_to_all_single = counted
-    for sharding, size in CASES:
-        for optimizer, config in CONFIGS.items():
-            for dtype in DTYPES:
-                if rank < size:
-                    case = run(config, SHARDINGS[sharding], DTYPES[dtype], rank, size, groups[size])
-                    results[sharding, size, optimizer, dtype] = case
-    torch.save({"cases": results, "messages": messages}, output / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    with mock.patch.object(dist, "all_to_all_single", side_effect=dist.all_to_all_single) as send:
+        for sharding, size in CASES:
+            for optimizer, config in CONFIGS.items():
+                for dtype in DTYPES:
+                    if rank < size:
+                        case = run(config, SHARDINGS[sharding], DTYPES[dtype], rank, size, groups[size])
+                        results[sharding, size, optimizer, dtype] = [(*what, tensor.numpy()) for *what, tensor in case]
+    return {"cases": results, "messages": send.call_count}

@@ -95,13 +95,16 @@ def write_weights(config: Config, path: Path) -> None:
     """Rung's initial weights."""
     import torch
 
+    from rung.layout import Layout
     from rung.models import build
-    from rung.parallel import initialize
+    from rung.parallel import Groups, ParallelConfig, dtypes, initialize, parallelize
 
     with torch.device("meta"):
-        model = build(config.model)
+        whole = build(config.model)
+    alone = Groups(Layout(), 0, "cpu")
+    model = parallelize(whole, alone, ParallelConfig(), dtypes("float32"), seq_len=1, num_micro_batches=1)
     initialize(model, torch.device("cpu"), config.run.seed)
-    torch.save(model.state_dict(), path)
+    torch.save(model.parts[0].state_dict(), path)
 
 
 def rung(spec: Spec, turns: Turns) -> None:

@@ -31,7 +31,7 @@ def corpus(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rung.data import build_corpus
 
     out = tmp_path_factory.mktemp("corpus") / "small"
-    build_corpus([text_folder], out, vocab_size=300, valid_fraction=0.15, quiet=True)
+    build_corpus([text_folder], out, vocab_size=300, valid_fraction=0.08, quiet=True)
     return out
 
 

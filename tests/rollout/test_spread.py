@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
 from law.workers import Workers
+from rollout import spread_ranks
 
+from rung.recipes.config import load_config
+
+SETTINGS = [
+    "model=tiny",
+    "model.vocab_size=61",
+    "model.initializer_range=0.3",
+    "data=corpus",
+    "data.paths=[nowhere]",
+    "data.seq_len=16",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=0",
+    "precision=float64",
+    "device=cpu",
+]
 LAYOUTS = (
     ["parallel.tp=2", "parallel.pp=2"],
     ["parallel.cp=2", "parallel.dp_shard=2"],
@@ -16,35 +27,12 @@ LAYOUTS = (
 )
 
 
-def generated(overrides: list[str]) -> list[int]:
-    """Seven tokens after a prompt of five, sampled."""
-    from rung.parallel import World
-    from rung.recipes.config import load_config
-    from rung.recipes.pretrain import spread_model
-    from rung.rollout import generate
-
-    config, layout = load_config(
-        [
-            "model=tiny",
-            "model.vocab_size=61",
-            "model.initializer_range=0.3",
-            "data=corpus",
-            "data.paths=[nowhere]",
-            "data.seq_len=16",
-            "train.global_batch_size=8",
-            "train.micro_batch_size=0",
-            "precision=float64",
-            "device=cpu",
-            *overrides,
-        ],
-        dist.get_world_size(),
-    )
-    world = World(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    return generate(spread_model(config, layout, world), [3, 1, 4, 1, 5], 7, temperature=0.8, seed=3, max_length=9)
+def generated(workers: Workers, world_size: int, layout: list[str]) -> list[list[int]]:
+    return workers.run(world_size, spread_ranks.generated, *load_config(SETTINGS + layout, world_size))
 
 
-def test_every_rank_generates_what_one_process_does(workers: Workers, tmp_path: Path) -> None:
-    (truth,) = workers.run(1, generated, [])
+def test_every_rank_generates_what_one_process_does(workers: Workers) -> None:
+    (truth,) = generated(workers, 1, [])
     assert len(set(truth)) > 3
     for layout in LAYOUTS:
-        assert workers.run(4, generated, layout) == [truth] * 4, layout
+        assert generated(workers, 4, layout) == [truth] * 4, layout

@@ -43,11 +43,13 @@ def workers() -> Iterator[Workers]:
     pool.close()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need ranks run in one process of ``--dist loadgroup``, side by side with the rest, file by file."""
     for item in items:
         ranks = "workers" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else str(item.path)))
+        group = "ranks" if ranks else f"{item.path.parent.name}/{item.path.stem}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

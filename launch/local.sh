@@ -13,10 +13,8 @@ if [[ "${1:-}" == "--nproc" ]]; then
 fi
 [[ "${1:-}" == "--" ]] && shift
 
-if [[ -z "$nproc_per_node" ]]; then
-  nproc_per_node=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-  [[ "$nproc_per_node" -gt 0 ]] || nproc_per_node=1
-fi
+num_gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+[[ -n "$nproc_per_node" ]] || nproc_per_node=$((num_gpus > 0 ? num_gpus : 1))
 
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/python
@@ -31,4 +29,7 @@ fi
 # SIGUSR1 means "save and stop". The workers handle it; it would kill the agent, which has no handler for it.
 trap '' USR1
 
-exec "$PYTHON" -m rung.cli.torchrun --standalone --max-restarts=0 --nproc-per-node="$nproc_per_node" -m rung.train "$@"
+options=(--rdzv-backend=c10d --rdzv-endpoint=localhost:0 --max-restarts=0 --nproc-per-node="$nproc_per_node")
+# Without GPUs one process imports torch, and all ranks are forked from it.
+[[ "$num_gpus" -gt 0 ]] || options+=(--start-method=forkserver)
+exec "$PYTHON" -m rung.cli.torchrun "${options[@]}" -m rung.train "$@"

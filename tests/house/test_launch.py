@@ -56,15 +56,18 @@ def run_slurm_job(commands: Path, arguments: list[str], **variables: str) -> sub
 
 
 def test_local_script(commands: Path) -> None:
+    stand_in(commands, "nvidia-smi", "exit 9")
     ran = run(LOCAL, ["--nproc", "2", "--", "a=1", "b=x y"], commands, PYTHON=str(commands / "python"))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [
         "OMP_NUM_THREADS=4",
         "-m",
         "rung.cli.torchrun",
-        "--standalone",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
         "--max-restarts=0",
         "--nproc-per-node=2",
+        "--start-method=forkserver",
         "-m",
         "rung.train",
         "a=1",
@@ -79,6 +82,8 @@ def test_local_script_counts_gpus(commands: Path, gpus: int, nproc: int) -> None
     )
     ran = run(LOCAL, ["a=1"], commands, PYTHON=str(commands / "python"))
     assert f"--nproc-per-node={nproc}" in ran.stdout.splitlines()
+    # A process that has touched CUDA must not be forked.
+    assert ("--start-method=forkserver" in ran.stdout.splitlines()) == (gpus == 0)
 
 
 def test_local_script_refuses_what_is_no_number(commands: Path) -> None:
@@ -238,3 +243,11 @@ def test_torchrun_shows_what_killed_a_worker(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 128 + 9
     assert "SIGKILL" in ran.stderr
+
+
+def test_what_ranks_refuse_is_said_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rung", "launch", "local", "--nproc", "2", "--", "device=cpu", "data=corpus"]
+    overrides = [f"data.paths=[{tmp_path / 'missing'}]", f"run.dir={tmp_path / 'run'}"]
+    ran = subprocess.run([*command, *overrides], capture_output=True, text=True)
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.startswith("rung: error: ") and ran.stderr.count("\n") == 1 and "missing" in ran.stderr

@@ -103,7 +103,9 @@ def test_sample_and_plot_and_runs(rung: Rung, tiny: list[str], tmp_path: Path) -
 
 
 def test_signal_stops_at_the_end_of_a_step(tiny: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "rung.train", *tiny, "train.steps=100000"]
+    """The launcher hands the signal on, and answers as its ranks do."""
+    launch = [sys.executable, "-m", "rung", "launch", "local", "--nproc", "2", "--"]
+    command = [*launch, *tiny, "train.micro_batch_size=1", "train.steps=100000"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from rung.errors import LocalUserError, UserError
 
-__all__ = ["entry", "main", "run_and_exit"]
+__all__ = ["entry", "main", "run", "run_and_exit"]
 
 VERBS = {
     "train": ("rung.cli.train", "train a model: rung train [key=value ...]"),
@@ -85,8 +85,13 @@ def run_and_exit(argv: Sequence[str]) -> NoReturn:
     """Run a verb as a whole process.
 
     Threads of communication libraries can abort a process that is being torn down ("terminate called without an active
-    exception"), after its work is done; so output is flushed and the process ends at once.
+    exception"), after its work is done; so the process ends at once.
     """
+    os._exit(run(argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a verb as the last thing that a process does; returns the exit status, with all output flushed."""
     status = 1
     if argv and argv[0] == "train":
         # Until a run handles signals itself it has nothing to save: Ctrl-C ends it at once, also while it waits, in C,
@@ -102,4 +107,4 @@ def run_and_exit(argv: Sequence[str]) -> NoReturn:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    return status

@@ -45,19 +45,7 @@ def main(argv: Sequence[str]) -> int:
         )
     if options:
         raise UserError(f"unknown option {' '.join(options)}; `rung launch local` has --nproc")
-    _refuse_early(known.nproc, known.overrides)
     run_local(known.nproc, known.overrides)
-
-
-def _refuse_early(nproc: int | None, overrides: Sequence[str]) -> None:
-    """Raise the UserError that every process would raise, before any is started.
-
-    Without --nproc the number of processes is not known here, and they refuse for themselves.
-    """
-    from rung.recipes.config import load_config
-
-    if nproc is not None and nproc >= 1:
-        load_config(overrides, nproc)
 
 
 def run_local(nproc: int | None, overrides: Sequence[str]) -> NoReturn:

@@ -9,14 +9,19 @@ for those, and for 128 + N of a run that signal N stopped, nothing is printed be
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rung.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 USER_ERROR, STOPPED_AFTER_SAVING = 2, 75
+FORKED = "--start-method=forkserver"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,23 +38,38 @@ def main(arguments: Sequence[str]) -> int:
     SIGTERM, SIGINT and SIGHUP are handed to the workers, which have TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (default
     600) to stop.
     """
+    forked = FORKED in arguments
+    if forked:  # imports while this process imports too
+        multiprocessing.set_forkserver_preload(["rung.recipes.pretrain", "torch._dynamo", "hydra.core.global_hydra"])
+        multiprocessing.forkserver.ensure_running()
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as run
+    from torch.distributed.run import config_from_args, elastic_launch, parse_args, run
 
     # What these loggers say when a worker ends is said below, once, and only where it is news.
-    for name in ("multiprocessing.api", "agent.server.api"):
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    for name in ("elastic.multiprocessing.api", "elastic.agent.server.api"):
+        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     signals: list[int] = []
 
     def hand_on(number: int, _: object) -> None:
         signals.append(number)
-        _hand_to_workers(number)
+        _hand_to_workers(number, forked=forked)
 
     for handled in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(handled, hand_on)
+    parsed = parse_args(["--signals-to-handle=SIGQUIT", *arguments])
     try:
-        run(["--signals-to-handle=SIGQUIT", *arguments])
+        if (parsed.nnodes, parsed.module, parsed.training_script) == ("1", True, "rung.train"):
+            _refuse_early(parsed.training_script_args, parsed.nproc_per_node)
+        if forked:
+            config, _, _ = config_from_args(parsed)
+            elastic_launch(config, _train)(*parsed.training_script_args)
+        else:
+            run(parsed)
+    except UserError as error:
+        print(f"rung: error: {error}", file=sys.stderr)
+        return USER_ERROR
     except ChildFailedError as error:
         code = _exit_code(error)
         stopped = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
@@ -60,20 +81,45 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _hand_to_workers(number: int) -> None:
+def _refuse_early(overrides: Sequence[str], nproc: str) -> None:
+    """Raise the UserError that every worker would raise, before any is started."""
+    from torch.distributed.run import determine_local_world_size
+
+    from rung.recipes.config import load_config
+
+    load_config([override for override in overrides if not override.startswith("-")], determine_local_world_size(nproc))
+
+
+def _train(*overrides: str) -> None:
+    """What a forked worker runs: `rung train`, in a session of its own like any worker. torchrun waits for a return
+    value from all, so only a failure may exit."""
+    from rung.cli import run
+
+    os.setsid()
+    sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    if status := run(["train", *overrides]):
+        os._exit(status)
+
+
+def _hand_to_workers(number: int, *, forked: bool) -> None:
     """Signal all workers and wait for all of them: torchrun, left to itself, ends the rest when the first is gone.
 
     What has not ended when torchrun's own shutdown time is over is left to it, and it kills.
     """
     deadline = time.monotonic() + float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"))
-    children = Path("/proc/self/task").glob("*/children")
-    workers = [int(pid) for of_thread in children for pid in of_thread.read_text().split()]
-    if not workers:
+    running: dict[int, Callable[[], bool]]
+    if forked:
+        running = {process.pid: process.is_alive for process in multiprocessing.active_children() if process.pid}
+    else:
+        children = Path("/proc/self/task").glob("*/children")
+        pids = [int(pid) for of_thread in children for pid in of_thread.read_text().split()]
+        running = {pid: functools.partial(_is_running, pid) for pid in pids}
+    if not running:
         sys.exit(128 + number)
-    for pid in workers:
+    for pid in running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    while any(_is_running(pid) for pid in workers) and time.monotonic() < deadline:
+    while any(is_running() for is_running in running.values()) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 

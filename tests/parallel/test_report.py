@@ -21,6 +21,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "copies": (2, ["dp_replicate=2", "model.tie_word_embeddings=true"]),
     "tp": (2, ["tp=2", "model.qk_norm=true", "activation_checkpointing=selective"]),
     "tp, few K/V heads, whole stream": (4, ["tp=4", "sequence_parallel=false", "activation_checkpointing=full"]),
+    "tp, fused, few K/V heads": (4, ["tp=4", "model.fused_qkv=true"]),
     "tp × fsdp": (4, ["tp=2", "dp_shard=2", "activation_checkpointing=full", "model.dropout=0.1"]),
     "tp × fsdp, compiled": (4, ["tp=2", "dp_shard=2", "compile=true"]),
     "tp × fsdp, muon": (4, ["tp=2", "dp_shard=2", "optim=muon", "model.num_key_value_heads=1"]),

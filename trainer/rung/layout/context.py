@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rung.errors import UserError
+from rung.layout.values import divisors, listed
 
 __all__ = ["Block", "Zigzag", "context_problems"]
 
@@ -198,20 +199,14 @@ def context_problems(
             f"late chunk of every window; use {nearest}"
         )
     if cp % ulysses_degree:
-        legal = [degree for degree in range(1, cp + 1) if cp % degree == 0]
-        problems.append(f"cp_ulysses_degree={ulysses_degree} does not divide cp={cp}; legal values: {_listed(legal)}")
+        legal = divisors(cp)
+        problems.append(f"cp_ulysses_degree={ulysses_degree} does not divide cp={cp}; legal values: {listed(legal)}")
     if num_heads is not None and num_heads % tp == 0 and (num_heads // tp) % ulysses_degree:
         heads = num_heads // tp
-        legal = [degree for degree in range(1, cp + 1) if cp % degree == 0 and heads % degree == 0]
+        legal = [degree for degree in divisors(cp) if heads % degree == 0]
         where = f"num_attention_heads={num_heads}" if tp == 1 else f"num_attention_heads / tp = {num_heads} / {tp}"
         problems.append(
             f"cp_ulysses_degree={ulysses_degree} does not divide the {heads} heads of a rank ({where}); "
-            f"legal values: {_listed(legal)}"
+            f"legal values: {listed(legal)}"
         )
     return problems
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    """1, 2 or 4"""
-    *most, last = map(str, numbers)
-    return f"{', '.join(most)} or {last}" if most else last

@@ -8,6 +8,7 @@ from itertools import product
 from math import gcd, prod
 
 from rung.errors import UserError
+from rung.layout.values import divisors, listed
 
 __all__ = ["Layout"]
 
@@ -115,7 +116,7 @@ class Layout:
         if share % micro_batch_size:
             return [
                 f"micro_batch_size={micro_batch_size} does not divide the {share} sequences that each of {who} has of "
-                f"global_batch_size={global_batch_size}; legal values: {_divisors(share)}"
+                f"global_batch_size={global_batch_size}; legal values: {listed(divisors(share))}"
             ]
         return []
 
@@ -143,7 +144,7 @@ class Layout:
             for axis, size in fixed.items():
                 room, rest = divmod(self.world_size, need // size)
                 if not rest and (size > 1 or axis == "dp_shard"):
-                    fixes.append(f"set {axis} to {_divisors(room) if left else room}")
+                    fixes.append(f"set {axis} to {listed(divisors(room)) if left else room}")
             given = " × ".join(f"{axis}={size}" for axis, size in fixed.items())
             relation = "does not divide" if left else "is not"
             problems.append(f"{given} = {need} {relation} world_size={self.world_size}; {', or '.join(fixes)}")
@@ -151,7 +152,7 @@ class Layout:
             lenders = (self.world_size // need if left else self.dp_shard) * self.cp
             if lenders % self.ep:
                 problems.append(
-                    f"ep={self.ep} does not divide dp_shard × cp = {lenders}; legal values: {_divisors(lenders)}"
+                    f"ep={self.ep} does not divide dp_shard × cp = {lenders}; legal values: {listed(divisors(lenders))}"
                 )
         return problems
 
@@ -180,9 +181,3 @@ def _rank(place: Mapping[str, int], mesh: Mapping[str, int]) -> int:
     if not place.keys() <= mesh.keys():
         raise ValueError(f"unknown axes {sorted(place.keys() - mesh.keys())}; known: {tuple(mesh)}")
     return rank
-
-
-def _divisors(number: int) -> str:
-    """The divisors as text: 1, 2 or 4."""
-    *most, last = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
-    return f"{', '.join(most)} or {last}" if most else last

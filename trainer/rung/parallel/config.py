@@ -71,7 +71,7 @@ class ParallelConfig:
     """Layers gathered ahead of the one that computes."""
     defer_gradient_sync: bool = False
     """Sum gradients over ranks once a step instead of once a micro-batch: less traffic under accumulation, but every
-    rank then holds the whole unsharded gradient."""
+    rank then holds the whole unsharded gradient. A pipeline always does."""
 
     def layout(self, world_size: int) -> Layout:
         """The layout on ``world_size`` ranks. Raises UserError with every problem at once."""

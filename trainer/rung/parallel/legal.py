@@ -7,12 +7,12 @@ none to act on is an error: it would be ignored in silence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import gcd, lcm
 
 from rung.layout import Layout
 from rung.layout.context import context_problems
 from rung.layout.stages import SCHEDULES, schedule_problems
+from rung.layout.values import divisors, listed
 from rung.models.config import ModelConfig
 from rung.parallel.config import ParallelConfig
 
@@ -62,18 +62,18 @@ def _tensor_problems(parallel: ParallelConfig, model: ModelConfig, seq_len: int)
     tp, heads, kv_heads = parallel.tp, model.num_attention_heads, model.num_key_value_heads
     problems = []
     if heads >= 1 and heads % tp:
-        legal = _divisors(heads)
-        problems.append(f"tp={tp} does not divide num_attention_heads={heads}; legal values: {_listed(legal)}")
+        legal = divisors(heads)
+        problems.append(f"tp={tp} does not divide num_attention_heads={heads}; legal values: {listed(legal)}")
     if heads >= 1 and kv_heads >= 1 and kv_heads % tp and tp % kv_heads:
-        legal = [n for n in _divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
+        legal = [n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
         problems.append(
             f"tp={tp} neither divides num_key_value_heads={kv_heads} nor is a multiple of it: ranks hold whole K/V "
-            f"heads, or neighbours the same one; legal values: {_listed(legal)}"
+            f"heads, or neighbours the same one; legal values: {listed(legal)}"
         )
     if model.intermediate_size >= 1 and model.intermediate_size % tp:
-        legal = _divisors(gcd(max(1, heads), model.intermediate_size))
+        legal = divisors(gcd(max(1, heads), model.intermediate_size))
         problems.append(
-            f"tp={tp} does not divide intermediate_size={model.intermediate_size}; legal values: {_listed(legal)}"
+            f"tp={tp} does not divide intermediate_size={model.intermediate_size}; legal values: {listed(legal)}"
         )
     cp = max(1, parallel.cp)
     if tp > 1 and parallel.sequence_parallel and seq_len >= 1 and seq_len % (cp * tp):
@@ -128,12 +128,12 @@ def _context_problems(parallel: ParallelConfig, model: ModelConfig, seq_len: int
     heads, tp = model.num_attention_heads, max(1, parallel.tp)
     here = heads // tp if heads >= 1 and heads % tp == 0 else 0
     if method == "ulysses" and degree == 0 and here and here % cp:
-        legal = [n for n in _divisors(cp) if here % n == 0]
+        legal = [n for n in divisors(cp) if here % n == 0]
         where = f"num_attention_heads={heads}" if tp == 1 else f"num_attention_heads / tp = {heads} / {tp}"
-        both = f", with cp_ulysses_degree={_listed(legal[1:])} if need be" if len(legal) > 1 else ""
+        both = f", with cp_ulysses_degree={listed(legal[1:])} if need be" if len(legal) > 1 else ""
         problems.append(
             f"cp_method=ulysses deals the {here} heads of a rank ({where}) to cp={cp} ranks, which does not divide "
-            f"them; legal values of cp: {_listed(_divisors(here))}; or use cp_method=ring{both}"
+            f"them; legal values of cp: {listed(divisors(here))}; or use cp_method=ring{both}"
         )
     if seq_len >= 1:
         problems += context_problems(seq_len, cp, max(1, degree), here * tp or None, tp)
@@ -154,14 +154,6 @@ def _reshard_problems(parallel: ParallelConfig, layout: Layout | None, compile: 
         "reshard_after_forward=null (or false), use another pp_schedule, or run its backward passes whole with "
         "activation_checkpointing=selective"
     ]
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _nearest(number: int, unit: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ def parallelize(
     """
     layout, place = groups.layout, groups.place
     if config.async_tp:
-        overlap_collectives_with_products(groups.device_type)
+        overlap_collectives_with_products(groups)
     mesh = groups.mesh(sharded=uses_fsdp(layout, dtypes))
     ties = _ties(model)
     stages = stages_of(config.pp_schedule, layout.pp, config.virtual_stages, place["pp"])
@@ -134,15 +134,18 @@ def _context_parallel(part: Decoder, groups: Groups, config: ParallelConfig) -> 
             module.inner = ContextAttention(group, config.ulysses_degree, part.config.sliding_window)
 
 
-def overlap_collectives_with_products(device_type: str) -> None:
+def overlap_collectives_with_products(groups: Groups) -> None:
     """Have inductor cut products in pieces and send each while the next is computed: torch's async tensor parallel.
 
-    The switch is the process's, and stays on. Raises UserError where there is no CUDA.
+    The switch is the process's, and stays on. Without symmetric memory for the group torch would leave all as it is, in
+    silence. Collective. Raises UserError where there is no CUDA.
     """
-    if device_type != "cuda":
-        raise UserError(f"parallel.async_tp=true needs CUDA, and this run is on {device_type}; set it to false")
+    if groups.device_type != "cuda":
+        raise UserError(f"parallel.async_tp=true needs CUDA, and this run is on {groups.device_type}; set it to false")
     import torch._inductor.config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
+    enable_symm_mem_for_group(cast(Any, groups.name("tp")))  # torch's type of names is newer than 2.11
     inductor._micro_pipeline_tp = True
 
 

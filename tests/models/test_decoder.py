@@ -157,7 +157,7 @@ def test_a_wrong_config_is_refused_with_every_problem():
         build(config)
     message = str(caught.value)
     for part in (
-        "num_key_value_heads=3 does not divide num_attention_heads=4; legal values: 1, 2, 4",
+        "num_key_value_heads=3 does not divide num_attention_heads=4; legal values: 1, 2 or 4",
         "num_attention_heads=4 does not divide hidden_size=30",
         "head_dim=7 must be even",
         "dropout=1.0",

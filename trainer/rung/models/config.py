@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from rung.layout.values import divisors, listed
+
 __all__ = ["InitRule", "ModelConfig", "RopeScaling", "init_rules", "num_parameters", "parameter_shapes"]
 
 RESIDUALS = ("standard",)
@@ -90,11 +92,10 @@ class ModelConfig:
             check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads >= 1 and kv_heads >= 1:
-            legal = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             check(
                 heads % kv_heads == 0,
                 f"model.num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; "
-                f"legal values: {legal}",
+                f"legal values: {listed(divisors(heads))}",
             )
         if heads >= 1 and self.head_dim == self.hidden_size // heads:
             # Otherwise head_dim was chosen on its own, as in Qwen3, and owes nothing to hidden_size.

@@ -6,6 +6,7 @@
 set -euo pipefail
 
 nproc_per_node=""
+[[ "${1:-}" != --nproc=* ]] || set -- --nproc "${1#*=}" "${@:2}"
 if [[ "${1:-}" == "--nproc" ]]; then
   [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || { echo "--nproc=${2:-} is not a number of processes; legal values: 1, 2, 3, …" >&2; exit 2; }
   nproc_per_node=$2

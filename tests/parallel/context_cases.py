@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rung_kernels
 from rung.data.batch import Batch
 from rung.layout import Layout
 from rung.layout.context import Zigzag
 from rung.parallel import context
-from rung.parallel.context import SAVED_UNDER_RECOMPUTE, ContextAttention, ContextMask, cut_context, gather_tokens
+from rung.parallel.context import ContextAttention, ContextMask, cut_context, gather_tokens
+from rung.parallel.parallelize import _recomputed
 from rung_kernels.block_attention import attention_forward, merge_lse
 
 GRADED = ("out", "dq", "dk", "dv")
@@ -83,17 +83,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, documents: Tensor | Non
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def _keep(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in SAVED_UNDER_RECOMPUTE else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def recomputed(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
-    if mode == "none":
-        return function
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if mode == "saved":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
-    return functools.partial(checkpoint, function, **options)
+    """none, plain (repeats everything) or saved (keeps what came from other ranks), by what blocks of a run use."""
+    forward: Callable[..., Tensor] = _recomputed(function, "none" if mode == "none" else "full", mode == "saved")
+    return forward
 
 
 @dataclass

@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from rung.data import IGNORED, Batch
+from rung.layout import local_view
 from rung.layout.stages import (
+    SINGLE_STAGE_SCHEDULES,
     default_virtual_stages,
     layers_of_stages,
     num_boundary_buffers,
@@ -35,6 +37,7 @@ from rung.layout.stages import (
 from rung.models import Decoder
 from rung.models.config import ModelConfig
 from rung.parallel.pipeline import Pipeline, stage_part, sum_tied_gradients
+from rung.parallel.spread import run_model
 
 CPU = torch.device("cpu")
 LAYERS = 8
@@ -106,17 +109,6 @@ def batches_of(step: int, data_rank: int, count: int, length: int, documents: bo
     return made
 
 
-def run_whole(model: nn.Module, batch: Batch, step: Tensor | None = None) -> Tensor:
-    outputs: Tensor = model(
-        batch.tokens_BT,
-        sample_ids_B=batch.sample_ids_B,
-        positions_BT=batch.positions_BT,
-        document_ids_BT=batch.document_ids_BT,
-        step=step,
-    )
-    return outputs
-
-
 def loss_of(outputs: Tensor, batch: Batch, count: int) -> Tensor:
     losses = nn.functional.cross_entropy(
         outputs.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -138,7 +130,7 @@ def answer(tied: bool, micro_batches: int, data_ranks: int, steps: int, lengths:
         batches = [b for rank in range(data_ranks) for b in batches_of(step, rank, micro_batches, length)]
         count, total = count_of(batches), 0.0
         for batch in batches:
-            loss = loss_of(run_whole(model, batch, torch.tensor(step)), batch, count)
+            loss = loss_of(run_model(model, batch, torch.tensor(step)), batch, count)
             loss.backward()
             total += float(loss.detach())
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -265,7 +257,7 @@ def train(case: Case) -> dict[str, Any]:
         if case.tied:
             ends = dict(named)
             first, last = (ends.get(name) for name in ("embed_tokens.weight", "lm_head.weight"))
-            both = [None if p is None else local(p.grad) for p in (first, last)]
+            both = [None if p is None else local_view(p.grad) for p in (first, last)]
             sum_tied_gradients(both[0], both[1], place.get_group("pp"), last_rank)
             tied_bits.append([t.numpy().tobytes() for t in both if t is not None])
         norm = torch.stack([g.norm() for g in expected[step]["grads"].values()]).norm()
@@ -303,10 +295,6 @@ class Reductions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def evaluate(run: Run, whole: Decoder) -> float:
     """The largest difference from one process, over numbers of batches and shapes that training has not."""
     for part in run.parts:
@@ -321,7 +309,7 @@ def evaluate(run: Run, whole: Decoder) -> float:
             nonlocal worst
             seen.append(batch)
             with torch.no_grad():
-                worst = max(worst, float((outputs - run_whole(whole, batch)).abs().max()))
+                worst = max(worst, float((outputs - run_model(whole, batch)).abs().max()))
             assert not outputs.requires_grad
 
         run.pipeline.forward(batches, consume)
@@ -419,7 +407,9 @@ def times(schedule: str, pp: int, virtual: int, micro_batches: int, split_backwa
     assert len(set(clock.log)) == len(clock.log) == 3 * micro_batches * virtual, "a pass was run twice or not at all"
     assert all(kinds.count(kind) == micro_batches * virtual for kind in "FIW")
     made = (
-        pipeline._schedule._stages if virtual > 1 or schedule not in ("gpipe", "1f1b") else [pipeline._schedule._stage]
+        pipeline._schedule._stages
+        if virtual > 1 or schedule not in SINGLE_STAGE_SCHEDULES
+        else [pipeline._schedule._stage]
     )
     kept = [
         info.buffer

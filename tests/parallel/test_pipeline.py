@@ -7,7 +7,7 @@ from law.workers import Workers
 from parallel import pipeline_ranks as ranks
 from parallel.pipeline_ranks import Case
 
-from rung.layout.stages import SCHEDULES, idle_slots, peak_live_micro_batches
+from rung.layout.stages import SCHEDULES, SINGLE_STAGE_SCHEDULES, idle_slots, peak_live_micro_batches
 
 TOLERANCE = 1e-10
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
@@ -81,7 +81,7 @@ def test_parameters_shared_inside_a_stage(workers: Workers, schedule: str, resha
     """FSDP2 with parameters kept after forward or not: a split backward must find them. One reduction of each block and
     of the rest of a part, whatever the number of micro-batches."""
     found = train(workers, Case(schedule, 2, 4, data="fsdp", reshard=reshard, steps=2, tied=not reshard))
-    parts = 1 if schedule in ("gpipe", "1f1b") else 2
+    parts = 1 if schedule in SINGLE_STAGE_SCHEDULES else 2
     for outcome in found:
         # The root of a part in the middle has no parameters of its own.
         (reductions,) = outcome["reductions"]

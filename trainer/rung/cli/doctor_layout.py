@@ -111,7 +111,8 @@ def _lines(report: LayoutReport, config: Config, ranks_per_node: int) -> Iterato
 
 
 def _grid(layout: Layout, axes: Sequence[str], ranks_per_node: int) -> Iterator[str]:
-    """Who is where: a line for each node; nodes that differ in where they begin only are shown once."""
+    """Who is where: a line for each node; of nodes that differ in where they begin only, the first in
+    full, the last by its ends, those between as a count."""
     yield f"ranks by node, each with its place on ({', '.join(axes)})"
     world = layout.world_size
     nodes = [range(first, min(first + ranks_per_node, world)) for first in range(0, world, ranks_per_node)]
@@ -128,7 +129,7 @@ def _grid(layout: Layout, axes: Sequence[str], ranks_per_node: int) -> Iterator[
     numbered = list(enumerate(nodes))
     for _, alike in groupby(numbered, key=lambda item: pattern(item[1])):
         (number, node), *others = alike
-        cells = [f"{rank:{width}} ({','.join(map(str, place(rank)))})" for rank in node]
+        cells = [f"{rank:{width}} ({_joined(place(rank))})" for rank in node]
         yield f"  node {number}: " + "  ".join(cells)
         if len(others) > 1:
             yield f"  … {len(others) - 1} more like it …"
@@ -187,16 +188,14 @@ def _sent(report: LayoutReport) -> Iterator[str]:
     if not any(busiest):
         yield "collectives of a step: none"
         return
+    spread = [axis for axis, size in layout.mesh.items() if size > 1]
     for collectives, places in busiest.items():
         where = f", on the ranks of pp {_ranges(places)}" if layout.pp > 1 else ""
         yield f"collectives of a step{where}: messages, and bytes that a rank sends"
         rows = [["axis", "operation", "of", "messages", "sent"]]
         totals: dict[str, int] = {}
         for one in collectives:
-            axis = (
-                "world" if set(one.axes) == {a for a, n in layout.mesh.items() if n > 1} and len(one.axes) > 1 else ""
-            )
-            axis = axis or " × ".join(one.axes)
+            axis = "world" if len(spread) > 1 and set(one.axes) == set(spread) else " × ".join(one.axes)
             least = "≥ " * one.at_least
             rows.append([axis, one.op, one.what, f"{least}{one.count}", f"{least}{_size(one.sent_bytes)}"])
             totals[axis] = totals.get(axis, 0) + one.sent_bytes

@@ -4,6 +4,10 @@ torchrun turns every failure of a worker into exit code 1, so that "the input is
 run again" (75) are lost to whoever started it: a shell, or a Slurm job that decides whether to queue itself again. When
 it is signalled itself it forgets the workers' codes altogether. Here the worker's code is the code of the whole, and
 for those, and for 128 + N of a run that signal N stopped, nothing is printed beyond the worker's own words.
+
+With --start-method=forkserver, spelt so and for `-m rung.train` alone, workers are forked from one process that has
+imported torch and rung, in place of each importing for itself. That is for machines without CUDA: a process that has
+touched CUDA must not be forked, and nobody answers for what imports touch.
 """
 
 from __future__ import annotations
@@ -60,7 +64,10 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(handled, hand_on)
     parsed = parse_args(["--signals-to-handle=SIGQUIT", *arguments])
     try:
-        if (parsed.nnodes, parsed.module, parsed.training_script) == ("1", True, "rung.train"):
+        trains = parsed.module and parsed.training_script == "rung.train"
+        if forked and not trains:
+            raise UserError(f"{FORKED} forks -m rung.train only, not {parsed.training_script}; leave it out")
+        if trains and parsed.nnodes in ("1", "1:1"):  # the latter is torchrun's default
             _refuse_early(parsed.training_script_args, parsed.nproc_per_node)
         if forked:
             config, _, _ = config_from_args(parsed)
@@ -83,11 +90,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _refuse_early(overrides: Sequence[str], nproc: str) -> None:
     """Raise the UserError that every worker would raise, before any is started."""
+    if any(override.startswith("-") for override in overrides):
+        return  # --help, --cfg and what is unknown are for `rung train` to answer
     from torch.distributed.run import determine_local_world_size
 
     from rung.recipes.config import load_config
 
-    load_config([override for override in overrides if not override.startswith("-")], determine_local_world_size(nproc))
+    load_config(overrides, determine_local_world_size(nproc))
 
 
 def _train(*overrides: str) -> None:
@@ -104,7 +113,7 @@ def _train(*overrides: str) -> None:
 def _hand_to_workers(number: int, *, forked: bool) -> None:
     """Signal all workers and wait for all of them: torchrun, left to itself, ends the rest when the first is gone.
 
-    What has not ended when torchrun's own shutdown time is over is left to it, and it kills.
+    What has not ended after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (default 600) is killed.
     """
     deadline = time.monotonic() + float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"))
     running: dict[int, Callable[[], bool]]
@@ -121,6 +130,10 @@ def _hand_to_workers(number: int, *, forked: bool) -> None:
             os.kill(pid, number)
     while any(is_running() for is_running in running.values()) and time.monotonic() < deadline:
         time.sleep(0.1)
+    for pid, is_running in running.items():
+        if is_running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _is_running(pid: int) -> bool:

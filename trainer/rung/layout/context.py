@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rung.errors import UserError
-from rung.layout.values import divisors, listed
+from rung.layout.values import divisors, heads_of_rank, listed, nearest_multiples
 
 __all__ = ["Block", "Zigzag", "context_problems"]
 
@@ -192,11 +192,9 @@ def context_problems(
     """
     problems = []
     if cp > 1 and seq_len % (2 * cp):
-        lower = seq_len - seq_len % (2 * cp)
-        nearest = " or ".join(str(size) for size in (lower, lower + 2 * cp) if size)
         problems.append(
             f"seq_len={seq_len} is not a multiple of 2 · cp = {2 * cp}: each of cp={cp} ranks holds an early and a "
-            f"late chunk of every window; use {nearest}"
+            f"late chunk of every window; use {nearest_multiples(seq_len, 2 * cp)}"
         )
     if cp % ulysses_degree:
         legal = divisors(cp)
@@ -204,7 +202,7 @@ def context_problems(
     if num_heads is not None and num_heads % tp == 0 and (num_heads // tp) % ulysses_degree:
         heads = num_heads // tp
         legal = [degree for degree in divisors(cp) if heads % degree == 0]
-        where = f"num_attention_heads={num_heads}" if tp == 1 else f"num_attention_heads / tp = {num_heads} / {tp}"
+        where = heads_of_rank(num_heads, tp)
         problems.append(
             f"cp_ulysses_degree={ulysses_degree} does not divide the {heads} heads of a rank ({where}); "
             f"legal values: {listed(legal)}"

@@ -8,7 +8,7 @@ from itertools import product
 from math import gcd, prod
 
 from rung.errors import UserError
-from rung.layout.values import divisors, listed
+from rung.layout.values import divisors, listed, nearest_multiples
 
 __all__ = ["Layout"]
 
@@ -111,8 +111,8 @@ class Layout:
         share, rest = divmod(global_batch_size, self.data_size)
         who = f"dp_replicate={self.dp_replicate} × dp_shard={self.dp_shard} = {self.data_size} data ranks"
         if rest:
-            nearest = [str(size * self.data_size) for size in (share, share + 1) if size]
-            return [f"global_batch_size={global_batch_size} does not divide among {who}; use {' or '.join(nearest)}"]
+            fix = nearest_multiples(global_batch_size, self.data_size)
+            return [f"global_batch_size={global_batch_size} does not divide among {who}; use {fix}"]
         if share % micro_batch_size:
             return [
                 f"micro_batch_size={micro_batch_size} does not divide the {share} sequences that each of {who} has of "

@@ -20,6 +20,7 @@ from itertools import accumulate
 
 __all__ = [
     "SCHEDULES",
+    "SINGLE_STAGE_SCHEDULES",
     "bubble_share",
     "default_virtual_stages",
     "idle_slots",
@@ -36,13 +37,15 @@ __all__ = [
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
 """Orders in which stages run forward and backward passes."""
 
-_SINGLE = ("gpipe", "1f1b")
+SINGLE_STAGE_SCHEDULES = ("gpipe", "1f1b")
+"""Those in which a rank has one stage."""
+
 _INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
 
 
 def default_virtual_stages(schedule: str) -> int:
     """Stages per rank where none are asked for."""
-    return 1 if schedule in _SINGLE else 2
+    return 1 if schedule in SINGLE_STAGE_SCHEDULES else 2
 
 
 def splits_backward(schedule: str) -> bool:
@@ -285,7 +288,7 @@ def idle_slots(schedule: str, pp: int, virtual: int, num_micro_batches: int, *, 
     p, v, m = pp, virtual, num_micro_batches
     if p == 1:
         return 0
-    if schedule in _SINGLE:
+    if schedule in SINGLE_STAGE_SCHEDULES:
         return 3 * (p - 1)
     if schedule == "zbv":
         return max(p - 1, 4 * (p - 1) - 2 * (m - 1)) if split_backward else 4 * (p - 1) + 2 * max(0, p - m)

@@ -36,12 +36,14 @@ def group_by_name(name: str) -> dist.ProcessGroup:
 
 
 def gather(x: Tensor, dim: int, group: str) -> Tensor:
-    """This rank's part of ``dim`` -> the whole of it, parts in rank order; the gradient is summed and split again."""
+    """This rank's part of ``dim`` (0 or more; of one shape on all ranks) -> the whole of it, parts in rank order, in
+    the same dtype. The gradient is summed and split again."""
     return _Gather.apply(x, dim, group)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
-    """Partial sums -> this rank's part of their sum along ``dim``; the gradient is gathered."""
+    """Partial sums of one shape -> this rank's part of their sum along ``dim`` (0 or more; the number of ranks divides
+    its size), in the same dtype. The gradient is gathered."""
     return _ReduceScatter.apply(x, dim, group)
 
 

@@ -63,7 +63,8 @@ class ParallelConfig:
     ulysses."""
     activation_checkpointing: str = "none"
     """What is recomputed in the backward pass: none; selective (matrix products and attention outputs are kept, the
-    rest recomputed); full (only each layer's input is kept)."""
+    rest recomputed); full (only each layer's input is kept; with cp also what attention received and returned, so that
+    nothing is sent twice)."""
     reshard_after_forward: bool | None = None
     """Free a layer's gathered parameters after its forward pass (least memory) instead of keeping them for backward.
     Unset: true without a pipeline, false with one, where every micro-batch would gather them again."""

@@ -10,27 +10,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rung.optim import LocalParameter
+from rung.parallel.tensor import PartialGradient
 
 __all__ = ["Partial", "add_partial_gradients", "squared_norm"]
 
 
 class Partial(NamedTuple):
-    """A parameter whose gradient is spread, as summands, over neighbouring ranks of a group that hold the same part."""
+    """A parameter of this rank, and how its gradient is spread as summands over tp."""
 
     parameter: LocalParameter
-    replicas: int
-    """Number of those ranks; the size of the group for a copy on every rank."""
-    first_row: int = 0
-    """Logical rows before this one are complete."""
+    spread: PartialGradient
 
     def gradients(self) -> list[Tensor]:
         """What is to be summed: views of the gradient."""
-        gradient = self.parameter.grad
-        if gradient is None or self.first_row == 0:
+        gradient, first_row = self.parameter.grad, self.spread.first_row
+        if gradient is None or first_row == 0:
             return [] if gradient is None else [gradient]
-        return [
-            gradient[place] for box, place, _ in self.parameter.logical.pieces() if box.offsets[0] >= self.first_row
-        ]
+        return [gradient[place] for box, place, _ in self.parameter.logical.pieces() if box.offsets[0] >= first_row]
 
 
 def add_partial_gradients(partial: Sequence[Partial], group: dist.ProcessGroup) -> None:
@@ -44,7 +40,7 @@ def add_partial_gradients(partial: Sequence[Partial], group: dist.ProcessGroup) 
     for one in partial:
         for gradient in one.gradients():
             if gradient.numel():  # the ranks that share it have as much
-                by_dtype.setdefault(gradient.dtype, []).append((gradient, one.replicas))
+                by_dtype.setdefault(gradient.dtype, []).append((gradient, one.spread.replicas))
     for dtype, gradients in by_dtype.items():
         sizes = [gradient.numel() * (size // replicas) for gradient, replicas in gradients]
         buffer = torch.zeros(sum(sizes), dtype=dtype, device=gradients[0][0].device)

@@ -12,7 +12,7 @@ from math import gcd, lcm
 from rung.layout import Layout
 from rung.layout.context import context_problems
 from rung.layout.stages import SCHEDULES, schedule_problems
-from rung.layout.values import divisors, listed
+from rung.layout.values import divisors, heads_of_rank, listed, nearest_multiples
 from rung.models.config import ModelConfig
 from rung.parallel.config import ParallelConfig
 
@@ -81,7 +81,7 @@ def _tensor_problems(parallel: ParallelConfig, model: ModelConfig, seq_len: int)
         ranks = f"tp = {tp}" if cp == 1 else f"cp · tp = {cp * tp}"
         problems.append(
             f"seq_len={seq_len} is not a multiple of {ranks}, and sequence_parallel=true splits the tokens of the "
-            f"residual stream evenly; use {_nearest(seq_len, unit)}, or set sequence_parallel=false"
+            f"residual stream evenly; use {nearest_multiples(seq_len, unit)}, or set sequence_parallel=false"
         )
     return problems
 
@@ -129,7 +129,7 @@ def _context_problems(parallel: ParallelConfig, model: ModelConfig, seq_len: int
     here = heads // tp if heads >= 1 and heads % tp == 0 else 0
     if method == "ulysses" and degree == 0 and here and here % cp:
         legal = [n for n in divisors(cp) if here % n == 0]
-        where = f"num_attention_heads={heads}" if tp == 1 else f"num_attention_heads / tp = {heads} / {tp}"
+        where = heads_of_rank(heads, tp)
         both = f", with cp_ulysses_degree={listed(legal[1:])} if need be" if len(legal) > 1 else ""
         problems.append(
             f"cp_method=ulysses deals the {here} heads of a rank ({where}) to cp={cp} ranks, which does not divide "
@@ -154,9 +154,3 @@ def _reshard_problems(parallel: ParallelConfig, layout: Layout | None, compile: 
         "reshard_after_forward=null (or false), use another pp_schedule, or run its backward passes whole with "
         "activation_checkpointing=selective"
     ]
-
-
-def _nearest(number: int, unit: int) -> str:
-    """The multiples of ``unit`` beside ``number``: 12 or 16."""
-    below = number - number % unit
-    return " or ".join(str(multiple) for multiple in (below, below + unit) if multiple)

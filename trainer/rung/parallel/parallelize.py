@@ -187,5 +187,5 @@ _PRODUCTS: frozenset[Any] = frozenset(
 
 
 def _keep(kept: Collection[Any], _context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Keep what is dear to compute for its size: matrix products and attention."""
+    """Save the results of ``kept``: what is dear to compute for its size, or came from other ranks."""
     return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -27,7 +27,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
 
 from rung.data import Batch
-from rung.layout.stages import rank_of_stage, splits_backward, stages_of
+from rung.layout.stages import SINGLE_STAGE_SCHEDULES, rank_of_stage, splits_backward, stages_of
 
 __all__ = ["Pipeline", "stage_part", "sum_tied_gradients"]
 
@@ -249,7 +249,7 @@ class Pipeline:
             )
             for stage, part in zip(self._stages, self.parts, strict=True)
         ]
-        single = self._schedule_name in ("gpipe", "1f1b")
+        single = self._schedule_name in SINGLE_STAGE_SCHEDULES
         # In the order in which the fields are passed: torch pairs them by place.
         chunks = {name: _Replicate() if name == "step" else TensorChunkSpec(0) for name in names}
         self._schedule = _SCHEDULES[self._schedule_name](

@@ -3,13 +3,10 @@
 Parameters, gradients, optimizer state and traffic are exact for eager runs, and tests hold them against real ones.
 Activations are an estimate: what the backward pass of today's eager modules keeps, without the allocator's waste and
 what an operation needs for a moment. torch.compile keeps less and may move collectives it repeats under recomputation.
-
-Legend, as in rung.models: D hidden size, E head size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +16,26 @@ import torch
 
 from rung.layout import Layout, chunk
 from rung.layout.context import Zigzag
-from rung.layout.stages import bubble_share, num_boundary_buffers, peak_live_micro_batches, rank_of_stage, stages_of
+from rung.layout.stages import (
+    SINGLE_STAGE_SCHEDULES,
+    bubble_share,
+    num_boundary_buffers,
+    peak_live_micro_batches,
+    rank_of_stage,
+    stages_of,
+)
 from rung.models import ModelConfig, parameter_shapes, stage_costs
 from rung.optim.exchange import assign_owners
 from rung.optim.muon import acts_as_matrix
 from rung.optim.newton_schulz import orthogonalize_cost
 from rung.parallel.config import ParallelConfig, dtypes, uses_fsdp
-from rung.parallel.tensor import DECODER_PLAN, Heads, LocalPart, local_part
+from rung.parallel.mesh import FSDP
+from rung.parallel.tensor import DECODER_PLAN, Heads, LocalPart, local_part, role_of
 
 __all__ = ["Collective", "LayoutReport", "RankReport", "layout_report"]
+
+_MAX_GATHERED_STAGES = 3
+"""torch's pipeline runtime keeps so many stages gathered and frees the others (``_add_unshard_reshard``)."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +141,8 @@ def layout_report(
     document_mask: bool = False,
     device: str = "cuda",
 ) -> LayoutReport:
-    """The report on a legal layout. ``optimizer`` is adamw or muon; ``device`` cpu or cuda, whose norms keep
-    different things and whose Muon sends different dtypes."""
+    """The report on a legal layout. ``optimizer`` is adamw or muon; ``device`` cpu, or cuda or auto, which are taken
+    for CUDA: norms keep different things on each, and Muon sends different dtypes."""
     num_micro_batches = layout.accumulation(global_batch_size, micro_batch_size)
     pieces = _Pieces(
         parallel=parallel,
@@ -361,7 +369,8 @@ class _Pieces:
         part = LocalPart(list(shape), 1, 0)
         if size > 1:
             heads = Heads(model.num_attention_heads, model.num_key_value_heads, model.head_dim)
-            role = _role(name.rpartition(".")[0])
+            role = role_of(name.rpartition(".")[0], DECODER_PLAN)
+            assert role is not None, name
             part = local_part(role, shape, heads, size, tp, sequence_parallel=self.parallel.sequence_parallel)
         rows, width = part.shape[0], prod(part.shape[1:])
         first, number = chunk(rows, self.fsdp, shard)
@@ -495,9 +504,7 @@ class _Pieces:
         yield self.collective("counts and checksums of the step", "all_reduce", world, 1, 3 * torch.int64.itemsize)
         yield self.collective("loss and gradient norm", "all_reduce", world, 1, 2 * torch.float64.itemsize)
 
-    def collective(
-        self, what: str, op: str, axes: tuple[str, ...], count: int, num_bytes: int, at_least: bool = False
-    ) -> Collective | None:
+    def collective(self, what: str, op: str, axes: tuple[str, ...], count: int, num_bytes: int) -> Collective | None:
         """``count`` messages of a whole tensor of ``num_bytes``; None where one rank is all there is."""
         mesh = self.layout.mesh
         size = prod(mesh[axis] for axis in axes)
@@ -505,10 +512,10 @@ class _Pieces:
             return None
         factor = {"send": 1.0, "all_reduce": 2 * (size - 1) / size}.get(op, (size - 1) / size)
         axes = tuple(axis for axis in axes if mesh[axis] > 1)
-        return Collective(what, op, axes, count, count * round(num_bytes * factor), at_least)
+        return Collective(what, op, axes, count, count * round(num_bytes * factor))
 
     def of_fsdp(self, pp: int, stages: Sequence[int], shard: int, tp: int) -> Iterable[Collective | None]:
-        axes, copies = ("dp_shard", "cp"), ("dp_replicate",)
+        axes, copies = FSDP, ("dp_replicate",)
         count = self.num_micro_batches
         deferred = self.layout.pp > 1 or self.parallel.defer_gradient_sync
         for_reduce = 1 if deferred else count
@@ -523,7 +530,9 @@ class _Pieces:
                     times = count * (2 if freed else 1)
                 else:
                     times = self.gathers_in_pipeline(pp) if freed else 1
-                    at_least |= self.virtual > 3 or (freed and self.parallel.pp_schedule not in ("gpipe", "1f1b"))
+                    at_least |= self.virtual > _MAX_GATHERED_STAGES or (
+                        freed and self.parallel.pp_schedule not in SINGLE_STAGE_SCHEDULES
+                    )
                 padded = sum(local.padded for local in group)
                 gather = self.collective("", "all_gather", axes, times, padded * self.fsdp * self.compute_size)
                 scatter = self.collective("", "reduce_scatter", axes, for_reduce, padded * self.fsdp * self.reduce_size)
@@ -557,7 +566,7 @@ class _Pieces:
             return
         axes, count = ("tp",), self.num_micro_batches
         layers = sum(len(self.split[stage]) for stage in stages)
-        embeds, heads = int(0 in stages), int(len(self.split) - 1 in stages)
+        has_embedding, has_head = int(0 in stages), int(len(self.split) - 1 in stages)
         stream = self.tokens * self.model.hidden_size * self.compute_size
         # Recomputation ends with the last thing that the backward pass needs: what follows the last product is left
         # out, unless a mask of dropout comes after it.
@@ -565,14 +574,14 @@ class _Pieces:
         leaves_again = again * (2 if self.model.dropout > 0 else 1)
         if self.parallel.sequence_parallel:
             # Into a region: gather, and back: reduce-scatter; out of one the other way round.
-            gathers = count * (2 * layers + heads + 2 * layers + embeds + 2 * again)
-            scatters = count * (2 * layers + embeds + 2 * layers + heads + leaves_again)
+            gathers = count * (2 * layers + has_head + 2 * layers + has_embedding + 2 * again)
+            scatters = count * (2 * layers + has_embedding + 2 * layers + has_head + leaves_again)
             yield self.collective("tokens, gathered", "all_gather", axes, gathers, stream)
             yield self.collective("partial sums, scattered", "reduce_scatter", axes, scatters, stream)
         else:
-            sums = count * (2 * layers + embeds + 2 * layers + heads + leaves_again)
+            sums = count * (2 * layers + has_embedding + 2 * layers + has_head + leaves_again)
             yield self.collective("partial sums", "all_reduce", axes, sums, stream)
-        if heads:
+        if has_head:
             facts = 3 * self.tokens * self.fp32_size * self.layout.tp
             yield self.collective("cross-entropy", "all_gather", axes, count, facts)
 
@@ -629,11 +638,10 @@ class _Pieces:
 
     def of_muon(self, stages: Sequence[int], shard: int, tp: int) -> Collective | None:
         """Matrices travel to their owners and updates back."""
-        axes = ("dp_shard", "cp", "tp")
+        axes = (*FSDP, "tp")
         size = self.fsdp * self.layout.tp
         if size == 1:
             return None
-        # Names decide among equals, and they are the layers' own.
         if (known := self.owners.get(tuple(stages))) is None:
             known = self.owners[tuple(stages)] = self._owners(stages, size)
         me = shard * self.layout.tp + tp
@@ -667,12 +675,6 @@ class _Pieces:
         return {name: sum(place[name] for place in places) for name in self.shapes["layer"]}
 
 
-@functools.cache
-def _role(module: str) -> str:
-    """The part that a module plays under tensor parallelism."""
-    return next(role for pattern, role in DECODER_PLAN.items() if fnmatch.fnmatchcase(module, pattern))
-
-
 def _ring_balance(parallel: ParallelConfig, model: ModelConfig, seq_len: int, documents: bool) -> float:
     places = parallel.cp // parallel.ulysses_degree
     if places == 1:
@@ -685,7 +687,7 @@ def _ring_balance(parallel: ParallelConfig, model: ModelConfig, seq_len: int, do
 def _notes(parallel: ParallelConfig, compile: bool, document_mask: bool, pieces: _Pieces) -> Iterable[str]:
     if compile:
         yield "compile=true keeps fewer activations, and may repeat other collectives under recomputation"
-    if document_mask and pieces.layout.cp > 1:
+    if document_mask and parallel.ulysses_degree < pieces.layout.cp:
         yield "how the work of a ring balances also depends on where documents end; here every pair is computed"
     firsts = [pieces.rank(pp, 0, 0) for pp in range(pieces.layout.pp)]
     if any(collective.at_least for rank in firsts for collective in rank.collectives):

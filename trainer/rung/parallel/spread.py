@@ -36,7 +36,9 @@ __all__ = ["SpreadModel", "run_model"]
 class SpreadModel:
     """What of a model is on this rank: ``parts``, one for each of ``stages``; the whole model where nothing is staged.
 
-    All methods are collective over the ranks that share the model.
+    Collective over the ranks that share the model: ``materialize``, ``forward_backward``, ``forward`` and
+    ``finish_gradients``; over those of tp: ``cross_entropy``; over the world: ``next_token_logits``, and
+    ``local_parameters`` of whole tensors the first time. The rest is local.
     """
 
     def __init__(
@@ -197,7 +199,7 @@ class SpreadModel:
         group = self.groups.group("tp")
         if group is not None:
             partial = [
-                Partial(by_name[known.name], known.replicas, known.first_row)
+                Partial(by_name[known.name], known)
                 for plan in self._plans
                 for known in plan.partial
                 if known.name in by_name

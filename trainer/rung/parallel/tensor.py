@@ -26,7 +26,7 @@ from rung.layout import Facts, Section, chunk, clean_name
 from rung.models.decoder import Attention, Dropout
 from rung.parallel.collectives import all_reduce_backward, all_reduce_forward, gather, reduce_scatter
 
-__all__ = ["DECODER_PLAN", "Heads", "PartialGradient", "TensorPlan", "local_part", "tensor_parallel"]
+__all__ = ["DECODER_PLAN", "Heads", "PartialGradient", "TensorPlan", "local_part", "role_of", "tensor_parallel"]
 
 DECODER_PLAN: dict[str, str] = {
     "embed_tokens": "embedding",
@@ -111,7 +111,7 @@ def tensor_parallel(
         name = clean_name(raw_name)
         if isinstance(module, Dropout) and sequence_parallel:
             _become(module, edges, "dropout")
-        role = next((role for pattern, role in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        role = role_of(name, plan)
         if role is None:
             continue
         for key, parameter in module.named_parameters(recurse=False):
@@ -132,6 +132,11 @@ def tensor_parallel(
     if missing:
         raise ValueError(f"tensor parallelism has no plan for {', '.join(missing)}; their gradients would be wrong")
     return found
+
+
+def role_of(module: str, plan: Mapping[str, str]) -> str | None:
+    """The role of a module by its clean name; None where the plan says nothing about it."""
+    return next((role for pattern, role in plan.items() if fnmatch.fnmatchcase(module, pattern)), None)
 
 
 class LocalPart(NamedTuple):

@@ -34,7 +34,8 @@ def _place() -> _Place:
             place = _Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
         except ValueError:
             raise LocalUserError(
-                f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} must be whole numbers"
+                f"RANK={env['RANK']}, LOCAL_RANK={env.get('LOCAL_RANK', 0)} and WORLD_SIZE={env['WORLD_SIZE']} must be "
+                "whole numbers, as torchrun sets them"
             ) from None
         if not 0 <= place.rank < place.world_size:
             raise LocalUserError(f"RANK={place.rank} is not below WORLD_SIZE={place.world_size}")
@@ -192,7 +193,8 @@ def _slurm_rendezvous() -> tuple[str, int]:
     except (OSError, subprocess.CalledProcessError, IndexError):
         if "[" in nodes or "," in nodes:
             raise UserError(
-                f"cannot read the node list {nodes!r}: scontrol is missing; set MASTER_ADDR and RANK, or use torchrun"
+                f"cannot read the node list {nodes!r}: `scontrol show hostnames` is missing or failed; set "
+                "MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, or use torchrun"
             ) from None
         head = nodes
     return head, 20000 + job % 20000

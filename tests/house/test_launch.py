@@ -1,10 +1,13 @@
 """The launch scripts, run with stand-ins for Python and for Slurm's commands, and torchrun's exit codes for real."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rung.cli.launch import main, slurm
@@ -251,3 +254,19 @@ def test_what_ranks_refuse_is_said_once(tmp_path: Path) -> None:
     ran = subprocess.run([*command, *overrides], capture_output=True, text=True)
     assert ran.returncode == 2, ran.stderr
     assert ran.stderr.startswith("rung: error: ") and ran.stderr.count("\n") == 1 and "missing" in ran.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_imports_leaves_nothing(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "rung", "launch", "local", "--nproc", "2", "--", "device=cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ran:
+        assert ran.stdout is not None
+        started: list[psutil.Process] = []
+        while not any("forkserver" in " ".join(process.cmdline()) for process in started):
+            assert ran.poll() is None, ran.stdout.read()
+            time.sleep(0.1)
+            started = psutil.Process(ran.pid).children(recursive=True)
+        ran.send_signal(number)
+        assert ran.wait(timeout=60) == 128 + number
+        assert ran.stdout.read() == ""
+    assert psutil.wait_procs(started, timeout=10)[1] == []

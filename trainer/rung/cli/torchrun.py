@@ -43,17 +43,6 @@ def main(arguments: Sequence[str]) -> int:
     600) to stop.
     """
     forked = FORKED in arguments
-    if forked:  # imports while this process imports too
-        multiprocessing.set_forkserver_preload(["rung.recipes.pretrain", "torch._dynamo", "hydra.core.global_hydra"])
-        multiprocessing.forkserver.ensure_running()
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import config_from_args, elastic_launch, parse_args, run
-
-    # What these loggers say when a worker ends is said below, once, and only where it is news.
-    for name in ("elastic.multiprocessing.api", "elastic.agent.server.api"):
-        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     signals: list[int] = []
 
     def hand_on(number: int, _: object) -> None:
@@ -62,6 +51,25 @@ def main(arguments: Sequence[str]) -> int:
 
     for handled in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(handled, hand_on)
+    if not forked:
+        return _run(arguments, signals, forked=False)
+    multiprocessing.set_forkserver_preload(["rung.recipes.pretrain", "torch._dynamo", "hydra.core.global_hydra"])
+    multiprocessing.forkserver.ensure_running()  # it imports while this process imports too
+    try:
+        return _run(arguments, signals, forked=True)
+    finally:
+        _end_forkserver()
+
+
+def _run(arguments: Sequence[str], signals: Sequence[int], *, forked: bool) -> int:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import config_from_args, elastic_launch, parse_args, run
+
+    # What these loggers say when a worker ends is said below, once, and only where it is news.
+    for name in ("elastic.multiprocessing.api", "elastic.agent.server.api"):
+        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     parsed = parse_args(["--signals-to-handle=SIGQUIT", *arguments])
     try:
         trains = parsed.module and parsed.training_script == "rung.train"
@@ -120,11 +128,10 @@ def _hand_to_workers(number: int, *, forked: bool) -> None:
     if forked:
         running = {process.pid: process.is_alive for process in multiprocessing.active_children() if process.pid}
     else:
-        children = Path("/proc/self/task").glob("*/children")
-        pids = [int(pid) for of_thread in children for pid in of_thread.read_text().split()]
-        running = {pid: functools.partial(_is_running, pid) for pid in pids}
+        running = {pid: functools.partial(_is_running, pid) for pid in _children()}
     if not running:
-        sys.exit(128 + number)
+        _end_forkserver()
+        os._exit(128 + number)
     for pid in running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -134,6 +141,18 @@ def _hand_to_workers(number: int, *, forked: bool) -> None:
         if is_running():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def _children() -> list[int]:
+    """Processes that this one has started and not reaped."""
+    return [int(pid) for thread in Path("/proc/self/task").glob("*/children") for pid in thread.read_text().split()]
+
+
+def _end_forkserver() -> None:
+    """End what forks workers, which otherwise finishes its imports before it sees that nobody wants any."""
+    for pid in _children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 def _is_running(pid: int) -> bool:

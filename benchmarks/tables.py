@@ -134,14 +134,15 @@ def layout_steps(result: Mapping[str, Any] | None, cases: Sequence[str]) -> str:
             milliseconds = {key: 1000 * row["seconds"][key] for key in ("median", "min", "max")}
             over = [_span(row[key], ".2f") for key in ("over_one", "over_side_by_side")]
             rows.append((LAYOUTS[case], size, _span(milliseconds, ".0f"), *over, f"{row['expected']:.2f}"))
-        left_out = part["disturbed_rounds"]["number"]
+        model = " ".join(part["model"])
         notes.append(
-            f"{size}: {part['parameters']:,} parameters, {part['sequences']} × {part['seq_len']} tokens a step, "
-            f"{part['rounds']} rounds of {part['steps_per_turn']} steps, {left_out} further rounds disturbed and not "
-            f"counted, largest relative difference between the losses {part['relative_loss_difference']:.1e}"
+            f"{size}: `{model}`, {part['parameters']:,} parameters, {part['sequences']} × {part['seq_len']} tokens a "
+            f"step, {part['rounds']} rounds of {part['steps_per_turn']} steps; losses differ by "
+            f"{part['relative_loss_difference']:.1e} at most. {_left_out(part | {'settings': settings})}"
+            f"{_disturbance(part)}"
         )
     cores = f"; fewer cores than the {settings['ranks']} ranks" if settings["oversubscribed"] else ""
-    return _table(header, rows) + f"\n\n{settings['ranks']} ranks{cores}. {'. '.join(notes)}. {_machine(result)}"
+    return _table(header, rows) + f"\n\n{settings['ranks']} ranks{cores}. {' '.join(notes)} {_machine(result)}"
 
 
 def layout_bytes(result: Mapping[str, Any] | None, cases: Sequence[str]) -> str:

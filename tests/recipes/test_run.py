@@ -103,15 +103,17 @@ def test_sample_and_plot_and_runs(rung: Rung, tiny: list[str], tmp_path: Path) -
 
 
 def test_signal_stops_at_the_end_of_a_step(tiny: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
-    """The launcher hands the signal on, and answers as its ranks do."""
+    """The launcher hands the signal on, also where its whole group is signalled, and answers as its ranks do."""
     launch = [sys.executable, "-m", "rung", "launch", "local", "--nproc", "2", "--"]
     command = [*launch, *tiny, "train.micro_batch_size=1", "train.steps=100000"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "stopped" and status["step"] == lines(tmp_path / "run")[-1]["step"]

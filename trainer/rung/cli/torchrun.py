@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 USER_ERROR, STOPPED_AFTER_SAVING = 2, 75
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FORKED = "--start-method=forkserver"
 
 
@@ -49,16 +50,18 @@ def main(arguments: Sequence[str]) -> int:
         signals.append(number)
         _hand_to_workers(number, forked=forked)
 
-    for handled in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if forked:
+        for handled in HANDED_ON:  # what forks workers ignores them: a signal to the whole group must not orphan these
+            signal.signal(handled, signal.SIG_IGN)
+        multiprocessing.set_forkserver_preload(["rung.recipes.pretrain", "torch._dynamo", "hydra.core.global_hydra"])
+        multiprocessing.forkserver.ensure_running()  # it imports while this process imports too
+    for handled in HANDED_ON:
         signal.signal(handled, hand_on)
-    if not forked:
-        return _run(arguments, signals, forked=False)
-    multiprocessing.set_forkserver_preload(["rung.recipes.pretrain", "torch._dynamo", "hydra.core.global_hydra"])
-    multiprocessing.forkserver.ensure_running()  # it imports while this process imports too
     try:
-        return _run(arguments, signals, forked=True)
+        return _run(arguments, signals, forked=forked)
     finally:
-        _end_forkserver()
+        if forked:
+            _end_forkserver()
 
 
 def _run(arguments: Sequence[str], signals: Sequence[int], *, forked: bool) -> int:
@@ -87,7 +90,7 @@ def _run(arguments: Sequence[str], signals: Sequence[int], *, forked: bool) -> i
         return USER_ERROR
     except ChildFailedError as error:
         code = _exit_code(error)
-        stopped = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+        stopped = {128 + number for number in (*HANDED_ON, signal.SIGUSR1)}
         if code not in (USER_ERROR, STOPPED_AFTER_SAVING, *stopped) and not signals:
             print(error, file=sys.stderr)
         return code
@@ -113,6 +116,8 @@ def _train(*overrides: str) -> None:
     from rung.cli import run
 
     os.setsid()
+    for handled in HANDED_ON:
+        signal.signal(handled, signal.SIG_DFL)
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     if status := run(["train", *overrides]):
         os._exit(status)
@@ -149,10 +154,11 @@ def _children() -> list[int]:
 
 
 def _end_forkserver() -> None:
-    """End what forks workers, which otherwise finishes its imports before it sees that nobody wants any."""
+    """End what forks workers, which otherwise finishes its imports before it sees that nobody wants any. It ignores
+    gentler signals."""
     for pid in _children():
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGKILL)
 
 
 def _is_running(pid: int) -> bool:

@@ -45,11 +45,11 @@ def workers() -> Iterator[Workers]:
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need ranks run in one process of ``--dist loadgroup``, side by side with the rest, file by file."""
+    """What ``--dist loadgroup`` keeps in one process: of the tests that need ranks a folder, of the others a file."""
     for item in items:
+        folder = item.path.parent.name
         ranks = "workers" in getattr(item, "fixturenames", ())
-        group = "ranks" if ranks else f"{item.path.parent.name}/{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(f"{folder}/ranks" if ranks else f"{folder}/{item.path.stem}"))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 from unittest import mock
@@ -421,7 +422,7 @@ def shared_heads_summed_over_all() -> Iterator[None]:
     real = module.add_partial_gradients
 
     def wrong(partial: Any, group: Any) -> None:
-        real([p._replace(replicas=group.size()) for p in partial], group)
+        real([p._replace(spread=replace(p.spread, replicas=group.size())) for p in partial], group)
 
     with mock.patch.object(module, "add_partial_gradients", wrong):
         yield

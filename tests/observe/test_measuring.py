@@ -59,15 +59,17 @@ def test_resident_memory_is_in_gib():
 
 
 def test_one_suggestion_and_the_cheapest_first():
-    s = MemorySettings(micro_batch_size=3, dp_replicate=2, dp_shard=4, world_size=8)
+    s = MemorySettings(micro_batch_size=3, dp_replicate=2, dp_shard=4, pp_schedule="gpipe", world_size=16)
     seen = []
     for change in (
+        {"pp_schedule": "1f1b"},
         {"activation_checkpointing": "selective"}, {"micro_batch_size": 1}, {"activation_checkpointing": "full"},
         {"dp_replicate": 1, "dp_shard": 8},
     ):  # fmt: skip
         seen.append(suggest(s).split(" (")[0])
         s = MemorySettings(**(vars(s) | change))
     assert seen == [
+        "parallel.pp_schedule=1f1b",
         "parallel.activation_checkpointing=selective", "train.micro_batch_size=1",
         "parallel.activation_checkpointing=full", "parallel.dp_replicate=1 parallel.dp_shard=8",
     ]  # fmt: skip

@@ -28,16 +28,20 @@ class MemorySettings:
     micro_batch_size: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
+    pp_schedule: str | None = None
+    """None without a pipeline."""
     world_size: int = 1
 
 
 def suggest(settings: MemorySettings) -> str:
     """The one change to try next, as an override and a reason.
 
-    Ordered by what it costs in speed: selective recomputation and a smaller micro-batch are nearly free, full
-    recomputation costs about a third more compute, other layouts cost communication. The layout law makes every one
-    of them safe: none changes what is learned.
+    Ordered by what it costs in speed: another pipeline schedule is free, selective recomputation and a smaller
+    micro-batch nearly so, full recomputation costs about a third more compute, other layouts cost communication. The
+    layout law makes every one of them safe: none changes what is learned.
     """
+    if settings.pp_schedule == "gpipe":
+        return "parallel.pp_schedule=1f1b (gpipe keeps the activations of every micro-batch until the last has passed)"
     if settings.activation_checkpointing == "none":
         return "parallel.activation_checkpointing=selective (recomputes what is cheap to recompute)"
     if settings.micro_batch_size > 1:
@@ -52,7 +56,8 @@ def suggest(settings: MemorySettings) -> str:
         )
     return (
         f"more ranks: with twice as many (now {settings.world_size}), parallel.dp_shard=-1 halves "
-        "what each holds of the parameters and the optimizer's state"
+        "what each holds of the parameters and the optimizer's state; or another layout: `rung doctor --layout` says "
+        "what each rank would hold"
     )
 
 

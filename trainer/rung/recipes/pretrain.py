@@ -169,6 +169,7 @@ def run_facts(config: Config, layout: Layout, world: World, source: DataSource) 
             micro_batch_size=train.micro_batch_size,
             dp_replicate=layout.dp_replicate,
             dp_shard=layout.dp_shard,
+            pp_schedule=parallel.pp_schedule if layout.pp > 1 else None,
             world_size=world.size,
         ),
         max_skipped_steps=train.max_skipped_steps,

@@ -80,7 +80,13 @@ def join_and_run() -> Any:
 
 def test_collectives_are_joined_with_products(corpus: Path, workers: Workers) -> None:
     overrides = ["model=tiny", "data=corpus", f"data.paths=[{corpus}]", "data.seq_len=16", "precision=float64"]
-    overrides += ["device=cpu", "parallel.tp=2", "train.global_batch_size=4", "train.micro_batch_size=4"]
+    overrides += [
+        "device=cpu",
+        "parallel.tp=2",
+        "model.num_hidden_layers=2",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=4",
+    ]
     apart = workers.run(2, gradients, *load_config(overrides, 2))
     config, layout = load_config([*overrides, "compile=true"], 2)
     layers = config.model.num_hidden_layers

@@ -1,4 +1,4 @@
-"""Whole tensors out of every layout, bit for bit, on four and eight gloo ranks."""
+"""Whole tensors out of every layout, bit for bit, on four, six and eight gloo ranks."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from rung.checkpoint import gathered_tensors
 from rung.checkpoint.gather import _merged
 
 
-@pytest.mark.parametrize("world_size", [4, 8])
+@pytest.mark.parametrize("world_size", [4, 6, 8])
 def test_every_layout_gives_the_same_bits(workers, world_size):
     workers.run(world_size, gather_ranks.check_everything)
 

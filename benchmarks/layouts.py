@@ -345,21 +345,10 @@ class Prepared:
 
     def expected(self, case: str) -> float:
         """What the ratio would be if nothing cost anything: of a pipeline, its busiest rank and its bubble."""
-        from rung.parallel.report import layout_report
+        from rung.cli.doctor_layout import report_of
         from rung.recipes.config import load_config
 
-        config, layout = load_config(self.settings(case), self.ranks)
-        report = layout_report(
-            config.parallel,
-            config.model,
-            layout,
-            seq_len=config.data.seq_len,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            precision=config.precision,
-            optimizer=config.optim.name,
-            device="cpu",
-        )
+        report = report_of(*load_config(self.settings(case), self.ranks))
         return report.flops_balance / (1 - report.bubble_share)
 
 

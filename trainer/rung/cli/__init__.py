@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from rung.errors import LocalUserError, UserError
 
-__all__ = ["entry", "main", "run", "run_and_exit"]
+__all__ = ["entry", "main", "report", "run", "run_and_exit"]
 
 VERBS = {
     "train": ("rung.cli.train", "train a model: rung train [key=value ...]"),
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = importlib.import_module(VERBS[verb][0]).main(rest)
         return status
     except UserError as error:
-        return _report(error)
+        return report(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _report(error: UserError) -> int:
-    """One clear message: rank 0 speaks for all, unless a rank has a problem of its own.
+def report(error: UserError) -> int:
+    """One clear message and the exit status: rank 0 speaks for all, unless a rank has a problem of its own.
 
     A launcher ends all ranks when the first one exits, so the others leave rank 0 the time to speak.
     """

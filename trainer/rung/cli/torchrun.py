@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rung.cli import report
+from rung.cli import run as run_verb
 from rung.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,8 +88,7 @@ def _run(arguments: Sequence[str], signals: Sequence[int], *, forked: bool) -> i
         else:
             run(parsed)
     except UserError as error:
-        print(f"rung: error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return report(error)
     except ChildFailedError as error:
         code = _exit_code(error)
         stopped = {128 + number for number in (*HANDED_ON, signal.SIGUSR1)}
@@ -113,13 +114,11 @@ def _refuse_early(overrides: Sequence[str], nproc: str) -> None:
 def _train(*overrides: str) -> None:
     """What a forked worker runs: `rung train`, in a session of its own like any worker. torchrun waits for a return
     value from all, so only a failure may exit."""
-    from rung.cli import run
-
     os.setsid()
     for handled in HANDED_ON:
         signal.signal(handled, signal.SIG_DFL)
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-    if status := run(["train", *overrides]):
+    if status := run_verb(["train", *overrides]):
         os._exit(status)
 
 

@@ -31,8 +31,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versi
 train: $(VENV)/.base
 	$(BIN)/rung launch local --nproc $(NPROC) -- experiment=$(EXPERIMENT) $(ARGS)
 
+# Bytecode is kept also where the environment says not to: without, each of many processes compiles torch anew.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 setup: $(VENV)/.dev
 

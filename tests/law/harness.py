@@ -6,6 +6,7 @@ To extend the law, add a factor to ``FACTORS`` and its overrides to ``overrides`
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 TOLERANCE = 1e-10
 STEPS = 3
-SEQ_LEN = 16
+SEQ_LEN = 24
 
 PIPELINES: dict[str, dict[str, Any]] = {
     "none": {"pp_schedule": "zbv"},  # how a pipeline would run says nothing where there is none
@@ -43,18 +44,35 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "ring-2": {"cp": 2},
     "ulysses-2": {"cp": 2, "cp_method": "ulysses"},
 }
+RARE_TENSORS: dict[str, dict[str, Any]] = {
+    "3": {"tp": 3},
+    "3-whole-stream": {"tp": 3, "sequence_parallel": False},
+}
 RARE_PIPELINES: dict[str, dict[str, Any]] = {
+    "1f1b-3": {"pp": 3, "pp_schedule": "1f1b"},
+    "zero_bubble-3x1": {"pp": 3, "pp_schedule": "interleaved_zero_bubble", "pp_virtual_stages": 1},
     "1f1b-4": {"pp": 4, "pp_schedule": "1f1b"},
     "zero_bubble-4x1": {"pp": 4, "pp_schedule": "interleaved_zero_bubble", "pp_virtual_stages": 1},
     "zero_bubble-2-by-hand": {"pp": 2, "pp_schedule": "interleaved_zero_bubble", "pp_layers": [1, 2, 1, 1]},
     "zbv-2-by-hand": {"pp": 2, "pp_schedule": "zbv", "pp_layers": [2, 1, 1, 1]},
 }
 RARE_CONTEXTS: dict[str, dict[str, Any]] = {
+    "ring-3": {"cp": 3},
+    "ulysses-3": {"cp": 3, "cp_method": "ulysses"},
     "ring-4": {"cp": 4},
     "ulysses-4": {"cp": 4, "cp_method": "ulysses"},
     "both-4": {"cp": 4, "cp_ulysses_degree": 2},
 }
-"""Choices that meet others in random cases only."""
+RARE: dict[str, list[Any]] = {
+    "dp_shard": [3],
+    "dp_replicate": [3],
+    "tensor": list(RARE_TENSORS),
+    "pipeline": list(RARE_PIPELINES),
+    "context": list(RARE_CONTEXTS),
+    "accumulation": [3],
+    "kv_heads": [3, 4],
+}
+"""Choices that meet others in random cases only: among them all that a power of two would hide."""
 FACTORS: dict[str, list[Any]] = {
     "dp_shard": [1, 2, 4],
     "dp_replicate": [1, 2],
@@ -68,7 +86,7 @@ FACTORS: dict[str, list[Any]] = {
     "dropout": [0.0, 0.25],
     "packed": [False, True],
     "tied": [False, True],
-    "kv_heads": [1, 2, 4],
+    "kv_heads": [1, 2, 12],
     "fused_qkv": [False, True],
     "qk_norm": [False, True],
     "window": [None, 5],
@@ -90,7 +108,7 @@ NEUTRAL: Case = {
     "dropout": 0.0,
     "packed": False,
     "tied": False,
-    "kv_heads": 4,
+    "kv_heads": 12,
     "fused_qkv": False,
     "qk_norm": False,
     "window": None,
@@ -103,12 +121,13 @@ NEUTRAL: Case = {
 MODEL = {
     "vocab_size": 311,
     "hidden_size": 16,
-    "intermediate_size": 20,
+    "intermediate_size": 36,
     "num_hidden_layers": 5,
-    "num_attention_heads": 4,
+    "num_attention_heads": 12,
     "head_dim": 4,
 }
-"""Sizes of which few divide evenly: 311 rows by any tp, 20 features by tp 2 × dp_shard 4, 5 layers by any pp."""
+"""Sizes of which few divide evenly: 311 rows by any tp, 36 features by tp 2 × dp_shard 4, 16 of a row by 3, 5 layers by
+any pp; heads by 2, 3 and 4."""
 MOST_RANKS = 8
 MOST_COMPILING_RANKS = 2
 """Every rank compiles for itself, which takes many times as long as a step."""
@@ -117,8 +136,9 @@ MOST_COMPILING_RANKS = 2
 def spread(case: Case) -> dict[str, Any]:
     """The settings of ``parallel`` that say how the model is spread."""
     degrees = {"dp_shard": case["dp_shard"], "dp_replicate": case["dp_replicate"]}
+    tensor = (TENSORS | RARE_TENSORS)[case["tensor"]]
     pipeline = (PIPELINES | RARE_PIPELINES)[case["pipeline"]]
-    return degrees | TENSORS[case["tensor"]] | pipeline | (CONTEXTS | RARE_CONTEXTS)[case["context"]]
+    return degrees | tensor | pipeline | (CONTEXTS | RARE_CONTEXTS)[case["context"]]
 
 
 def world_size(case: Case) -> int:
@@ -400,14 +420,14 @@ def run_case(case: Case, corpus: str, mutant: str | None = None, thorough: bool 
     from rung.layout import local_view
     from rung.loop import train
     from rung.parallel import World
-    from rung.recipes.config import load_config
     from rung.recipes.pretrain import assemble
 
     # Composed once: Hydra takes as long as two steps.
-    composed = [load_config(overrides(case, corpus), dist.get_world_size()) if dist.get_rank() == 0 else None]
+    size = dist.get_world_size()
+    composed = [composed_once(tuple(overrides(case, corpus)), size) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(composed)
-    config, layout = composed[0]
-    world = World(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    config, layout = copy.deepcopy(composed[0])
+    world = World(dist.get_rank(), dist.get_rank(), size, torch.device("cpu"))
     recorder = Recorder()
     torch._dynamo.reset()  # one process runs more models here than a run ever has
     with MUTANTS[mutant]() if mutant else contextlib.nullcontext(), compiler(case, everywhere=thorough):
@@ -423,6 +443,14 @@ def run_case(case: Case, corpus: str, mutant: str | None = None, thorough: bool 
         train(run)
         recorder.record.final = parameters_of(run.model, recorder.record.problems)
     return recorder.record if dist.get_rank() == 0 else None
+
+
+@functools.cache
+def composed_once(settings: tuple[str, ...], world_size: int) -> Any:
+    """The configuration and the layout: a mutant has those of the case that it breaks."""
+    from rung.recipes.config import load_config
+
+    return load_config(settings, world_size)
 
 
 def compiler(case: Case, *, everywhere: bool) -> contextlib.AbstractContextManager[Any]:

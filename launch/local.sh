@@ -2,6 +2,7 @@
 # Train on this machine: launch/local.sh [--nproc N] [overrides…]          (the same as `rung launch local`)
 #
 # N processes, by default one for each GPU, or one where there is none. Under a scheduler use launch/slurm/train.sbatch.
+# With --module M after --nproc, `python -m M` is what they run, as rung.ckpt.
 # PYTHON names the interpreter; by default that of the checkout's .venv, else python3.
 set -euo pipefail
 
@@ -10,6 +11,11 @@ nproc_per_node=""
 if [[ "${1:-}" == "--nproc" ]]; then
   [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || { echo "--nproc=${2:-} is not a number of processes; legal values: 1, 2, 3, …" >&2; exit 2; }
   nproc_per_node=$2
+  shift 2
+fi
+module=rung.train
+if [[ "${1:-}" == "--module" ]]; then
+  module=$2
   shift 2
 fi
 [[ "${1:-}" == "--" ]] && shift
@@ -32,5 +38,5 @@ trap '' USR1
 
 options=(--rdzv-backend=c10d --rdzv-endpoint=localhost:0 --max-restarts=0 --nproc-per-node="$nproc_per_node")
 # Without GPUs one process imports torch, and all ranks are forked from it.
-[[ "$num_gpus" -gt 0 ]] || options+=(--start-method=forkserver)
-exec "$PYTHON" -m rung.cli.torchrun "${options[@]}" -m rung.train "$@"
+[[ "$num_gpus" -gt 0 || "$module" != rung.train ]] || options+=(--start-method=forkserver)
+exec "$PYTHON" -m rung.cli.torchrun "${options[@]}" -m "$module" "$@"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -15,8 +19,21 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 
+DRIVERS = {"overhead.py", "gpu_mfu.py", "startup.py", "layouts.py"}
+"""Scripts whose work is done by processes that they start: run in this one, which has torch already."""
+
+
 def run(script: str, *arguments: str) -> str:
     """Standard output of a script; its errors where it fails."""
+    if script in DRIVERS and "--gpu" not in arguments:
+        with (
+            mock.patch.object(sys, "argv", [script, *arguments]),
+            mock.patch.object(sys, "path", [str(BENCHMARKS), *sys.path]),
+            mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
+            contextlib.redirect_stdout(io.StringIO()) as output,
+        ):
+            runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        return output.getvalue()
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *arguments],
         capture_output=True,
@@ -101,6 +118,19 @@ def test_gpu_part_of_layouts_at_a_toy_size_without_a_gpu(tmp_path: Path) -> None
     assert {row["loss_difference"] < 1e-2 for row in result["paths"]["rows"].values()} == {True}
     assert {"ring", "all"} <= result["paths"]["rows"].keys()
     assert result["ring"]["rows"] and result["shapes"]["rows"]
+
+
+def test_checkpoints_beside_dcp(tmp_path: Path) -> None:
+    (row,) = measured("checkpoint.py", tmp_path, "--parts", "saves")["saves"]
+    assert row["error"] is None
+    assert {"rung", "rung async", "dcp", "dcp thread", "torch.save", "memcpy"} <= row["ways"].keys()
+    assert set(row["read_over_touched"].values()) == {1.0}
+    assert row["flush_process_bytes"] < row["ranks"] * 40 * 2**20  # torch would be twice as much
+
+
+def test_gpu_part_of_checkpoints_at_a_toy_size_without_a_gpu(tmp_path: Path) -> None:
+    (row,) = measured("checkpoint.py", tmp_path, "--gpu", "--device", "cpu")["rows"].values()
+    assert row["stall"]["median"] > 0
 
 
 def test_bare_loop_alone() -> None:

@@ -49,7 +49,7 @@ def test_every_experiment_composes(experiment: str, world_size: int) -> None:
         (["parallel.tp=2"], ["tp=2", "world_size=1"]),
         (["data.seq_len=100000"], ["data.seq_len=100000", "max_position_embeddings"]),
         (["optim=adam"], ["adam", "adamw"]),
-        (["run.resume=sometimes"], ["run.resume=sometimes", "auto"]),
+        (["run.resume="], ["run.resume is empty", "auto"]),
     ],
 )
 def test_mistakes_get_one_message_with_the_values(overrides: list[str], parts: list[str]) -> None:

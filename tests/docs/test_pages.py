@@ -109,7 +109,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ["train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=2", "data.seq_len=64", "device=cpu"]
     data = ["data=corpus", f"data.paths=[{folder / 'corpora/mine'}]"]
     assert main(["train", "model=tiny", *sizes, *data, f"run.dir={run}"]) == 0
-    for copy in ("runs/one", "runs/two", "runs/mine", "experiments/first"):
+    for copy in ("runs/one", "runs/two", "runs/mine", "runs/other", "experiments/first"):
         shutil.copytree(run, folder / copy)
     return folder
 
@@ -139,6 +139,10 @@ def test_command(command: tuple[str, ...], there: Path, tmp_path: Path, monkeypa
             launch.main(words[2:])
         for script in (word for word in words if word.startswith("launch/")):
             assert (ROOT / script).is_file()
+    elif words[:3] == ["rung", "ckpt", "reshard"]:  # it becomes its own launcher
+        from rung.recipes.reshard import ranks_to_start
+
+        assert ranks_to_start(words[3], words[4], words[5:]) > 1
     elif words[0] == "rung":
         if "--out" in words and words[1] == "data":
             words[words.index("--out") + 1] = str(tmp_path / "corpus")

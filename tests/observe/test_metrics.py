@@ -127,7 +127,7 @@ def test_tensorboard_hides_the_steps_that_are_run_again(tmp_path):
         for step in range(first, last + 1):
             log.log_step(replace(STEP, step=step, loss=float(10 * first + step)))
         log.close()
-        time.sleep(1.0)  # a run that goes on is another process, a second later: files are read in the order of their names
+        time.sleep(1.0)  # a run that goes on begins seconds later: files are read in the order of their names
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 11), (2, 12), (3, 33), (4, 34)]
 

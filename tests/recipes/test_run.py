@@ -102,7 +102,9 @@ def test_sample_and_plot_and_runs(rung: Rung, tiny: list[str], tmp_path: Path) -
     assert "completed" in rung("runs", tmp_path).out
 
 
-def test_signal_stops_at_the_end_of_a_step(tiny: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
+def test_signal_saves_at_the_end_of_a_step_and_the_run_goes_on_there(
+    rung: Rung, tiny: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
     """The launcher hands the signal on, also where its whole group is signalled, and answers as its ranks do."""
     launch = [sys.executable, "-m", "rung", "launch", "local", "--nproc", "2", "--"]
     command = [*launch, *tiny, "train.micro_batch_size=1", "train.steps=100000"]
@@ -114,9 +116,17 @@ def test_signal_stops_at_the_end_of_a_step(tiny: list[str], tmp_path: Path, envi
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert process.wait(timeout=60) == 75
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "stopped" and status["step"] == lines(tmp_path / "run")[-1]["step"]
+    last = status["step"]
+    assert status["state"] == "stopped" and last == lines(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{last:08}" / "manifest.json").exists()
+
+    # On one process, a step further than it had come.
+    further = rung("train", *tiny, f"train.steps={last + 1}", "export.huggingface=false")
+    assert further.status == 0, further.err
+    assert f"going on after step {last}" in further.out
+    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == list(range(1, last + 2))
 
 
 def test_a_killed_rank_is_named_and_everyone_ends(tiny: list[str], tmp_path: Path, environment: dict[str, str]) -> None:

@@ -1,10 +1,10 @@
-"""The one exception that means: the user's input is wrong."""
+"""Exceptions whose message is all that a person needs: wrong input, and checkpoints that cannot be read or written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["LocalUserError", "UserError"]
+__all__ = ["CheckpointError", "LocalUserError", "NewerCheckpointError", "UserError"]
 
 
 class UserError(ValueError):
@@ -17,11 +17,27 @@ class UserError(ValueError):
     def raise_all(cls, problems: Iterable[str]) -> None:
         """Raise one error that lists every problem; do nothing when there is none."""
         found = list(problems)
-        if len(found) == 1:
-            raise cls(found[0])
         if found:
-            raise cls(f"{len(found)} problems:\n" + "\n".join(f"  - {problem}" for problem in found))
+            raise cls(cls.one_text(found))
+
+    @staticmethod
+    def one_text(problems: Sequence[str]) -> str:
+        """One message for one problem or more."""
+        if len(problems) == 1:
+            return problems[0]
+        return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
 class LocalUserError(UserError):
     """A problem that one process has and others may not: each that has it says so."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged, missing, too new, or could not be written. The message names file and tensor.
+
+    The command line prints the message without a traceback and exits with status 1.
+    """
+
+
+class NewerCheckpointError(CheckpointError):
+    """A checkpoint of a format that this version does not know. It is not damaged: nothing older may take its place."""

@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from rung.models.huggingface import (
     to_huggingface_name,
 )
 
-__all__ = ["export_huggingface", "load_huggingface"]
+__all__ = ["HuggingFaceFolder", "export_huggingface", "load_huggingface"]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -156,47 +157,99 @@ def load_huggingface(
     directory: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[ModelConfig, Decoder]:
     """The config and the Decoder of a folder of safetensors, in ``dtype`` on ``device``, in training mode."""
-    folder = Path(directory)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json; a Hugging Face model folder is needed")
-    config = from_huggingface_config(json.loads((folder / "config.json").read_text()))
+    folder = HuggingFaceFolder.open(directory)
     with torch.device("meta"):
-        model = build(config)
+        model = build(folder.config)
     model.to(dtype).to_empty(device=device)
     model.tie_weights()
-    parameters = dict(model.named_parameters())
-    missing, unknown = set(parameters), []
-    for path in _weight_files(folder):
-        with safe_open(path, framework="pt") as weights, torch.no_grad():
-            for theirs in weights.keys():  # noqa: SIM118 - not a dict
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(folder.tensor(name))
+    return folder.config, model
+
+
+@dataclass(frozen=True)
+class HuggingFaceFolder:
+    """The model in a folder: its settings, and its weights by the Decoder's names, read when they are asked for."""
+
+    path: Path
+    config: ModelConfig
+    dtypes: Mapping[str, str]
+    """Of each weight, as safetensors calls it: F32, BF16 ..."""
+    _places: Mapping[str, tuple[Path, str]]
+    """Of each weight: its file, and its name there."""
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> HuggingFaceFolder:
+        """Read the settings and the headers of the weights.
+
+        Raises UserError with everything that is missing, damaged, too much or of another shape.
+        """
+        folder = Path(directory)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json; a Hugging Face model folder is needed")
+        config = from_huggingface_config(_read_json(folder / "config.json"))
+        shapes = parameter_shapes(config)
+        dtypes: dict[str, str] = {}
+        places: dict[str, tuple[Path, str]] = {}
+        problems: list[str] = []
+        damaged = False
+        for path in _weight_files(folder):
+            try:
+                with safe_open(path, framework="pt") as weights:
+                    headers = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - not a dict
+                    found = {name: (tuple(at.get_shape()), str(at.get_dtype())) for name, at in headers.items()}
+            except (SafetensorError, OSError) as error:
+                problems.append(f"{path} is damaged: {error}")
+                damaged = True
+                continue
+            for theirs, (shape, dtype) in found.items():
                 name = from_huggingface_name(theirs)
                 if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq"):
                     continue  # a second copy of the embedding table; a buffer of old versions
-                if name not in parameters:
-                    unknown.append(theirs)
+                if name not in shapes:
+                    problems.append(f"{folder} holds {theirs}, which this model does not have")
                     continue
-                tensor = weights.get_tensor(theirs)
-                if tensor.shape != parameters[name].shape:
-                    raise UserError(
-                        f"{path}: {theirs} has shape {tuple(tensor.shape)}; "
-                        f"config.json asks for {tuple(parameters[name].shape)}"
-                    )
-                parameters[name].copy_(tensor)
-                missing.discard(name)
-    problems = [f"{folder} lacks {to_huggingface_name(name)}" for name in sorted(missing)]
-    problems += [f"{folder} holds {name}, which this model does not have" for name in unknown]
-    UserError.raise_all(problems)
-    return config, model
+                if name in places:
+                    problems.append(f"{theirs} stands both in {places[name][0]} and in {path}")
+                if shape != shapes[name]:
+                    problems.append(f"{path}: {theirs} has shape {shape}; config.json asks for {shapes[name]}")
+                dtypes[name], places[name] = dtype, (path, theirs)
+        if not damaged:  # where a file cannot be read, all that it holds is missing
+            missing = sorted(shapes.keys() - places.keys())
+            problems += [f"{folder} lacks {to_huggingface_name(name)}" for name in missing]
+        UserError.raise_all(problems)
+        return cls(folder, config, dtypes, places)
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight, on the CPU, as it is stored. Its memory is the file's: let go of it before the next."""
+        path, theirs = self._places[name]
+        with safe_open(path, framework="pt") as weights:
+            tensor: Tensor = weights.get_tensor(theirs)
+        return tensor
 
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / _INDEX).is_file():
-        names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{folder / _INDEX} is damaged: it has no weight_map of names and files") from error
     else:
         names = ["model.safetensors"]
     paths = [folder / name for name in names]
     UserError.raise_all(f"{path} is missing; only safetensors can be read" for path in paths if not path.is_file())
     return paths
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

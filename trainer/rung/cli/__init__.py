@@ -10,13 +10,14 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rung.errors import LocalUserError, UserError
+from rung.errors import CheckpointError, LocalUserError, UserError
 
 __all__ = ["entry", "main", "report", "run", "run_and_exit"]
 
 VERBS = {
     "train": ("rung.cli.train", "train a model: rung train [key=value ...]"),
     "data": ("rung.cli.data", "build or inspect a corpus"),
+    "ckpt": ("rung.cli.ckpt", "look into, check, convert checkpoints"),
     "eval": ("rung.cli.evaluate", "held-out loss and bits per byte of a finished run"),
     "sample": ("rung.cli.sample", "continue a prompt with a finished run's weights"),
     "plot": ("rung.cli.plot", "draw loss curves of runs"),
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         status: int = importlib.import_module(VERBS[verb][0]).main(rest)
         return status
-    except UserError as error:
+    except (UserError, CheckpointError) as error:
         return report(error)
     except KeyboardInterrupt:
         return 130
@@ -62,18 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def report(error: UserError) -> int:
+def report(error: UserError | CheckpointError) -> int:
     """One clear message and the exit status: rank 0 speaks for all, unless a rank has a problem of its own.
 
     A launcher ends all ranks when the first one exits, so the others leave rank 0 the time to speak.
     """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0" or isinstance(error, LocalUserError):
+    if rank == "0" or isinstance(error, LocalUserError | CheckpointError):
         who = "" if rank == "0" else f"rank {rank}: "
         print(f"rung: error: {who}{error}", file=sys.stderr, flush=True)
     else:
         time.sleep(2.0)
-    return 2
+    return 2 if isinstance(error, UserError) else 1
 
 
 def entry() -> NoReturn:
@@ -93,7 +94,7 @@ def run_and_exit(argv: Sequence[str]) -> NoReturn:
 def run(argv: Sequence[str]) -> int:
     """Run a verb as the last thing that a process does; returns the exit status, with all output flushed."""
     status = 1
-    if argv and argv[0] == "train":
+    if argv[:1] == ["train"] or argv[:2] == ["ckpt", "reshard"]:
         # Until a run handles signals itself it has nothing to save: Ctrl-C ends it at once, also while it waits, in C,
         # for ranks that will never come.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

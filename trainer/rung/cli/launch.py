@@ -48,14 +48,16 @@ def main(argv: Sequence[str]) -> int:
     run_local(known.nproc, known.overrides)
 
 
-def run_local(nproc: int | None, overrides: Sequence[str]) -> NoReturn:
-    """Become `launch/local.sh`: train on this machine with `nproc` processes (None: one for each GPU, else one)."""
+def run_local(nproc: int | None, arguments: Sequence[str], module: str = "rung.train") -> NoReturn:
+    """Become `launch/local.sh`: `python -m module` on this machine with `nproc` processes (None: one for each GPU, else
+    one)."""
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc={nproc} is not a number of processes; legal values: 1, 2, 3, …")
-    number = [] if nproc is None else ["--nproc", str(nproc)]
+    options = [] if nproc is None else ["--nproc", str(nproc)]
+    options += [] if module == "rung.train" else ["--module", module]
     os.environ["PYTHON"] = sys.executable
     with _template("local.sh") as script:
-        os.execvp("bash", ["bash", str(script), *number, "--", *overrides])
+        os.execvp("bash", ["bash", str(script), *options, "--", *arguments])
 
 
 def slurm(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import keyword
 import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import NamedTuple, TypeVar, get_type_hints
 
+from rung.config.tree import key_of
 from rung.errors import UserError
 
 __all__ = ["Node", "compose"]
@@ -54,11 +56,18 @@ def compose(schema: type[T], overrides: Sequence[str], *, nodes: Iterable[Node] 
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name="rung"):
-            composed = hydra_compose(config_name, [_quoted(override) for override in overrides])
+            composed = hydra_compose(config_name, [_quoted(_of_fields(override)) for override in overrides])
         result: T = OmegaConf.to_object(composed)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_readable(error)) from error
     return result
+
+
+def _of_fields(override: str) -> str:
+    """An override with the names of fields in the place of keys (see ``key_of``)."""
+    key, equals, value = override.partition("=")
+    parts = [part + "_" if keyword.iskeyword(part) else part for part in key.split(".")]
+    return ".".join(parts) + equals + value
 
 
 def _quoted(override: str) -> str:
@@ -106,7 +115,7 @@ def _schema_keys(schema: type, prefix: str = "") -> set[str]:
     keys: set[str] = set()
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
-        key = f"{prefix}{field.name}"
+        key = f"{prefix}{key_of(field.name)}"
         keys.add(key)
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
@@ -132,6 +141,8 @@ def _readable(error: Exception) -> str:
     key = next((m.group(1) for e in causes for m in [re.search(r"full_key: (\S+)", str(e))] if m), None)
     text = " ".join(_lines(telling))
     text = re.sub(r"\s*(full_key|object_type|reference_type)[:=] ?\S*", "", text).strip()
+    if key:
+        key = ".".join(map(key_of, key.split(".")))
     return f"{key}: {text}" if key and key not in text else text
 
 

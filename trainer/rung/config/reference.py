@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, get_type_hints
 
 from rung.config.compose import Node
+from rung.config.tree import key_of
 
 __all__ = ["Setting", "field_docs", "literal", "markdown", "settings"]
 
@@ -50,7 +51,7 @@ def settings(settings_type: type, prefix: str = "") -> Iterator[Setting]:
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
         name = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-        yield Setting(prefix + field.name, name.replace("typing.", ""), default, docs.get(field.name, ""))
+        yield Setting(prefix + key_of(field.name), name.replace("typing.", ""), default, docs.get(field.name, ""))
 
 
 def literal(value: Any) -> str:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,11 @@ class DataSource:
         """The corpora's tokenizer.json, or data.tokenizer for bare prefixes, or None."""
         own = next((corpus.tokenizer_path for corpus in self.corpora if corpus.tokenizer_path is not None), None)
         return own or (Path(self.config.tokenizer) if self.config.tokenizer else None)
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str | None:
+        """sha256 of the tokenizer.json, or None where there is none."""
+        return None if self.tokenizer_path is None else hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
 
     @property
     def eos_id(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from rung.loop.config import EvalConfig, RunConfig, TrainConfig
 from rung.loop.evaluate import evaluate
+from rung.loop.step import Progress
 from rung.loop.train import Outcome, Training, train
 
-__all__ = ["EvalConfig", "Outcome", "RunConfig", "TrainConfig", "Training", "evaluate", "train"]
+__all__ = ["EvalConfig", "Outcome", "Progress", "RunConfig", "TrainConfig", "Training", "evaluate", "train"]

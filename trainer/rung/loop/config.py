@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from rung.config import choice_problem, positive_problems
+from rung.config import positive_problems
 
 __all__ = ["EvalConfig", "RunConfig", "TrainConfig"]
 
@@ -21,14 +21,15 @@ class RunConfig:
     seed: int = 0
     """Seed of the start, the order of samples and every draw."""
     resume: str = "auto"
-    """auto: continue from the newest checkpoint in run.dir; never: start over. This version saves no checkpoints, so
-    both start over."""
+    """auto: continue from the newest checkpoint in checkpoint.dir that can be read, if there is one; never: start over,
+    and move what is there aside; or a checkpoint, the folder of checkpoints or the run to begin from, which counts as
+    long as this run has no checkpoint of its own."""
     allow_changes: list[str] = field(default_factory=list)
     """Keys that may differ from the run that run.dir already holds, as [data.seq_len, model.*]."""
 
     def validate(self) -> list[str]:
         """Problems with these settings."""
-        problems = choice_problem("run.resume", self.resume, ("auto", "never"))
+        problems = [] if self.resume.strip() else ["run.resume is empty; it is auto, never or a path"]
         if not 0 <= self.seed < 2**63:
             problems.append(f"run.seed={self.seed} must lie in [0, 2**63)")
         return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from rung.observe import (
 )
 
 if TYPE_CHECKING:
+    from rung.checkpoint import Checkpointer
     from rung.parallel import World
 
 __all__ = ["Monitor", "MonitorConfig", "RunFacts"]
@@ -80,6 +82,7 @@ class _Pending(NamedTuple):
     ready: torch.cuda.Event | None
     seconds: float
     phases: dict[str, float]
+    extra: dict[str, float]
 
 
 class Monitor:
@@ -95,6 +98,9 @@ class Monitor:
         self._step = 0
         self._skipped = self._skipped_in_a_row = 0
         self._pending: _Pending | None = None
+        self._extra: dict[str, float] = {}
+        self._stall_seconds = 0.0
+        self._first_tokens = 0
         self.clock = Stopwatch()
         self._signals = StopSignals(rank=world.rank)
         self._heartbeat = Heartbeat.start(config.heartbeat, self._lost)
@@ -105,7 +111,6 @@ class Monitor:
         self._memory = explain_out_of_memory(config.memory, facts.memory, facts.run_dir, world.rank)
 
     def __enter__(self) -> Monitor:
-        self._metrics.truncate_to(0)
         self._status("running")
         self._progress.header(self._facts.title, self._facts.lines)
         self._stack.callback(self._metrics.close)
@@ -133,10 +138,23 @@ class Monitor:
         """This rank received a signal to stop."""
         return self._signals.requested != 0
 
-    @property
-    def stop_status(self) -> int:
-        """Exit status of a run that a signal stopped; SIGTERM's where only another rank received one."""
-        return 128 + (self._signals.requested or 15)
+    def start(self, step: int, state: Mapping[str, int]) -> None:
+        """The run goes on after ``step``, where ``state`` was saved: metrics of later steps are written again."""
+        self._step = step
+        self._metrics.truncate_to(step)
+        self._skipped = state.get("skipped_steps", 0)
+        self._skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self._first_tokens = state.get("consumed_tokens", 0) - step * self._facts.tokens_per_step
+        self._status("running")
+
+    def state(self, step: int) -> dict[str, int]:
+        """What ``start`` needs to go on after ``step``, the last one done. Waits for its numbers."""
+        self._write()
+        return {
+            "skipped_steps": self._skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "consumed_tokens": self._first_tokens + step * self._facts.tokens_per_step,
+        }
 
     def begin(self, step: int) -> None:
         """A step starts."""
@@ -154,7 +172,8 @@ class Monitor:
             ready.record()
             self._write()
         seconds, phases = self.clock.lap()
-        self._pending = _Pending(step, samples_digest(batch.sample_ids), lr, numbers, ready, seconds, phases)
+        digest, self._extra, extra = samples_digest(batch.sample_ids), {}, self._extra
+        self._pending = _Pending(step, digest, lr, numbers, ready, seconds, phases, extra)
         if not on_device or step == self._facts.total_steps:
             self._write()
         self._profiler.after(step)
@@ -170,6 +189,27 @@ class Monitor:
             self._metrics.log_evaluation(step, loss, bits, **extra)
             self._progress.evaluation(step, loss, bits)
         self.clock.lap()
+
+    def saved(self, checkpoints: Checkpointer) -> None:
+        """Tell what became of checkpoints, and what they cost: with the next step's numbers, on rank 0."""
+        if checkpoints.stall_seconds:
+            self._extra["checkpoint_stall_seconds"] = checkpoints.take_stall_seconds()
+        for report in checkpoints.poll():
+            if report.error is not None:
+                where = "" if self._world.is_main else f"[rank {self._world.rank}] "
+                text = f"{where}no checkpoint of step {report.step}: {report.error}"
+                print(text, file=sys.stderr, flush=True) if where else self._progress.message(text)
+                continue
+            speed = report.num_bytes / report.seconds / 1e9
+            self._extra |= {
+                "checkpoint_step": report.step,
+                "checkpoint_bytes": report.num_bytes,
+                "checkpoint_seconds": report.seconds,
+                "checkpoint_gb_per_second": speed,
+            }
+            self._progress.message(
+                f"checkpoint of step {report.step}: {report.num_bytes / 1e6:.1f} MB in {report.seconds:.2f} s"
+            )
 
     def message(self, text: str) -> None:
         """Show a line on rank 0."""
@@ -197,7 +237,7 @@ class Monitor:
                 loss=loss,
                 grad_norm=norm,
                 lr=pending.lr,
-                tokens=pending.step * self._facts.tokens_per_step,
+                tokens=self._first_tokens + pending.step * self._facts.tokens_per_step,
                 samples_digest=pending.digest,
                 step_seconds=pending.seconds,
                 tokens_per_second=rate,
@@ -207,6 +247,7 @@ class Monitor:
                 memory_gib=memory_gib(self._world.device),
                 phase_seconds=pending.phases,
                 skipped_steps=self._skipped,
+                extra=pending.extra,
             )
             self._metrics.log_step(metrics)
             self._progress.step(metrics)

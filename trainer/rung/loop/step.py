@@ -18,7 +18,21 @@ from rung.loop.config import TrainConfig
 from rung.objectives import Objective
 from rung.parallel import SpreadModel, cut_context
 
-__all__ = ["StepBatch", "StepReader", "forward_backward", "samples_digest", "total_counts"]
+__all__ = ["Progress", "StepBatch", "StepReader", "forward_backward", "samples_digest", "total_counts"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. What is read next follows from it alone, on any layout."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    consumed_samples: int = 0
+    """Sequences that these steps read."""
+
+    def after(self, step: int, global_batch_size: int) -> Progress:
+        """The progress after a later ``step``."""
+        return Progress(step, self.consumed_samples + (step - self.step) * global_batch_size)
 
 
 @dataclass(frozen=True)
@@ -44,9 +58,11 @@ class StepReader:
         objective: Objective,
         settings: TrainConfig,
         device: torch.device,
+        start: Progress,
     ) -> None:
         self._source, self._objective, self._device = source, objective, device
         self._size, self._micro, self._steps = settings.global_batch_size, settings.micro_batch_size, settings.steps
+        self._start = start
         share = self._size // layout.data_size
         self._slice = slice(layout.data_rank(rank) * share, (layout.data_rank(rank) + 1) * share)
         self._layout, self._rank = layout, rank
@@ -70,7 +86,7 @@ class StepReader:
         return StepBatch(sample_ids, on_device, counts, stops)
 
     def _load(self, step: int) -> tuple[np.ndarray, list[Batch]]:
-        sample_ids = self._source.sample_ids((step - 1) * self._size, self._size)
+        sample_ids = self._source.sample_ids(self._start.after(step - 1, self._size).consumed_samples, self._size)
         mine = sample_ids[self._slice]
         whole = [self._source.read(mine[i : i + self._micro]) for i in range(0, len(mine), self._micro)]
         batches = [cut_context(batch, self._layout, self._rank) for batch in whole]

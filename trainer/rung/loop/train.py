@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rung.checkpoint import Checkpointer
 from rung.data import DataSource
 from rung.layout import Layout
 from rung.loop.config import EvalConfig, TrainConfig
 from rung.loop.evaluate import evaluate
 from rung.loop.monitor import Monitor
-from rung.loop.step import StepReader, forward_backward
+from rung.loop.step import Progress, StepReader, forward_backward
 from rung.objectives import Objective
 from rung.optim import LocalParameter, Optimizer
 from rung.parallel import SpreadModel, World, all_reduce_sums, squared_norm
@@ -36,6 +38,15 @@ class Training:
     monitor: Monitor
     settings: TrainConfig
     evaluation: EvalConfig
+    start: Progress = field(default_factory=Progress)
+    """Where a checkpoint that was loaded left off."""
+    checkpoints: Checkpointer | None = None
+    """None: nothing is saved."""
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of how far the run is after ``step``."""
+        after = self.start.after(step, self.settings.global_batch_size)
+        return {"step": after.step, "consumed_samples": after.consumed_samples, **self.monitor.state(step)}
 
 
 @dataclass(frozen=True)
@@ -48,12 +59,13 @@ class Outcome:
 
 
 def train(run: Training) -> Outcome:
-    """Run ``settings.steps`` optimizer steps; collective, the same control flow on every rank."""
+    """Run optimizer steps until ``settings.steps`` are done; collective, the same control flow on every rank."""
     settings, monitor, device = run.settings, run.monitor, run.world.device
-    reader = StepReader(run.source, run.layout, run.world.rank, run.objective, settings, device)
+    reader = StepReader(run.source, run.layout, run.world.rank, run.objective, settings, device, run.start)
     results: dict[str, float] = {}
+    first, last = run.start.step + 1, max(settings.steps, run.start.step)
     run.model.train()
-    for step in range(1, settings.steps + 1):
+    for step in range(first, last + 1):
         monitor.begin(step)
         with monitor.clock("data"):
             batch = reader.read(step, stop=monitor.stop_requested)
@@ -62,17 +74,25 @@ def train(run: Training) -> Outcome:
         with monitor.clock("forward_backward"):
             number = torch.full((), step, device=device)  # filled there: a copy from the host would make it wait
             sums = forward_backward(run.model, run.objective, batch, number)
+        if run.checkpoints is not None:
+            with monitor.clock("checkpoint"):
+                run.checkpoints.join()  # the update must not meet the copy of what it changes
         with monitor.clock("optimizer"):
             lr = run.learning_rate(step)
             loss, norm, skipped = update(run, sums, batch.counts, lr)
         monitor.end(step, batch, lr, loss, norm, skipped)
-        if step == 1:
+        if step == first:
             run.world.set_timeout(settings.timeout_seconds)
         if batches := run.evaluation.due(step, settings.steps):
             with monitor.clock("evaluation"):
                 results = _evaluate(run, batches)
             monitor.evaluated(step, results)
-    return Outcome("completed", settings.steps, results)
+        if run.checkpoints is not None:
+            with monitor.clock("checkpoint"):
+                if run.checkpoints.due(step) and step < last:
+                    run.checkpoints.save(run.progress(step))
+                monitor.saved(run.checkpoints)
+    return Outcome("completed", last, results)
 
 
 def update(run: Training, sums: dict[str, Tensor], counts: dict[str, int], lr: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,16 +76,28 @@ class LocalParameter:
 
     def state(self, state_name: str, tensor: Tensor) -> tuple[str, StateTensor]:
         """Checkpoint entry of a state shaped and spread like the parameter."""
-        name = f"{self.name}/{state_name}"
-        return name, StateTensor(tensor, dataclasses.replace(self.logical, name=name, dtype=tensor.dtype))
+        name, tied = f"{self.name}/{state_name}", self._tied(state_name)
+        logical = dataclasses.replace(self.logical, name=name, dtype=tensor.dtype, tied_to=tied)
+        return name, StateTensor(tensor, logical)
 
     def scalar_state(self, state_name: str, tensor: Tensor) -> tuple[str, StateTensor]:
         """Checkpoint entry of a 0-dim state of which every rank that shares the parameter has a copy."""
         name, spread = f"{self.name}/{state_name}", self.logical._spread
         logical = LogicalTensor.from_spec(
-            name, (), tensor.dtype, {}, spread.sizes, spread.coordinates, stage=spread.stages
+            name,
+            (),
+            tensor.dtype,
+            {},
+            spread.sizes,
+            spread.coordinates,
+            stage=spread.stages,
+            tied_to=self._tied(state_name),
         )
         return name, StateTensor(tensor, logical)
+
+    def _tied(self, state_name: str) -> str | None:
+        """The state of a parameter that is an alias is an alias of the other's."""
+        return None if self.logical.tied_to is None else f"{self.logical.tied_to}/{state_name}"
 
 
 class StateTensor(NamedTuple):

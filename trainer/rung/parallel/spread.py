@@ -20,7 +20,7 @@ from rung.data import Batch
 from rung.layout import Facts, LogicalTensor, chunk, clean_name, local_view, logical_tensors
 from rung.layout.stages import rank_of_stage
 from rung.models import Decoder, ModelConfig
-from rung.optim import LocalParameter
+from rung.optim import LocalParameter, StateTensor
 from rung.parallel.config import Dtypes, ParallelConfig
 from rung.parallel.context import cut_context
 from rung.parallel.gradients import Partial, add_partial_gradients
@@ -105,6 +105,11 @@ class SpreadModel:
             for name, parameter in self.named_parameters()
             if parameter.requires_grad
         ]
+
+    def state_tensors(self) -> dict[str, StateTensor]:
+        """What a checkpoint holds of the model: every parameter, trainable or not, on its live storage."""
+        logical = self.logical_tensors()
+        return {name: StateTensor(local_view(p).detach(), logical[name]) for name, p in self.named_parameters()}
 
     def materialize(self, device: torch.device) -> None:
         """Give the parts storage on ``device``, with undefined values."""

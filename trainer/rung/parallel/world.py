@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 import torch.distributed as dist
 
-from rung.errors import LocalUserError, UserError
+from rung.errors import CheckpointError, LocalUserError, NewerCheckpointError, UserError
 
 __all__ = ["World", "world_size_from_environment"]
 
@@ -118,7 +118,7 @@ class World:
     @overload
     def on_main(self, action: Callable[[], T], *, share: Literal[False]) -> T | None: ...
     def on_main(self, action: Callable[[], T], *, share: bool = True) -> T | None:
-        """Run ``action`` on rank 0 while the others wait; its result, or its UserError, is everybody's.
+        """Run ``action`` on rank 0 while the others wait; its result, UserError or CheckpointError is everybody's.
 
         With ``share`` off the result stays on rank 0, and the others get None.
         """
@@ -126,34 +126,39 @@ class World:
         if self.is_main:
             try:
                 outcome[0] = action()
-            except UserError as error:
-                outcome[1] = str(error)
+            except (UserError, CheckpointError) as error:
+                outcome[1] = _kind(error), str(error)
         sent = outcome if share else [None, outcome[1]]
         if self.size > 1:
             dist.broadcast_object_list(sent, src=0)
         if sent[1] is not None:
-            raise UserError(sent[1])
+            kind, text = sent[1]
+            raise kind(text)
         result: T | None = outcome[0] if self.is_main else sent[0]
         return result
 
     def everywhere(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on every rank. A UserError on any is raised on all, with one text that names the ranks."""
+        """Run ``action`` on every rank. A UserError or CheckpointError on any is raised on all, in one text that names
+        the ranks."""
         result, problem = None, None
+        kind: type[UserError | CheckpointError] = UserError
         try:
             result = action()
-        except UserError as error:
-            problem = str(error)
+        except (UserError, CheckpointError) as error:
+            problem = _kind(error), str(error)
         problems = [problem]
         if self.size > 1:
             problems = [None] * self.size
             dist.all_gather_object(problems, problem)
         ranks: dict[str, list[str]] = {}
-        for rank, text in enumerate(problems):
-            if text is not None:
-                ranks.setdefault(text, []).append(str(rank))
+        for rank, found in enumerate(problems):
+            if found is not None:
+                kind = found[0]
+                ranks.setdefault(found[1], []).append(str(rank))
         if ranks:
             shared = len(next(iter(ranks.values()))) == self.size
-            UserError.raise_all(text if shared else f"rank {', '.join(where)}: {text}" for text, where in ranks.items())
+            texts = [text if shared else f"rank {', '.join(where)}: {text}" for text, where in ranks.items()]
+            raise kind(UserError.one_text(texts))
         return cast(T, result)
 
     def any(self, flag: bool) -> bool:
@@ -166,6 +171,11 @@ class World:
     def barrier(self) -> None:
         """Wait for every rank."""
         self.any(False)
+
+
+def _kind(error: UserError | CheckpointError) -> type[UserError | CheckpointError]:
+    """The most special of the kinds that are told to other ranks."""
+    return next(kind for kind in (NewerCheckpointError, CheckpointError, UserError) if isinstance(error, kind))
 
 
 def choose_device(device: str) -> str:

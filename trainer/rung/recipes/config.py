@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, get_type_hints
 
-from rung.config import Node, choice_problem, compose, positive_problems
+from rung.checkpoint.config import CheckpointConfig
+from rung.config import Node, choice_problem, compose, key_of, positive_problems
 from rung.data import DataConfig
 from rung.errors import UserError
 from rung.layout import Layout
@@ -18,7 +19,16 @@ from rung.optim import AdamWConfig, MuonConfig, OptimConfig, ScheduleConfig
 from rung.parallel.config import PRECISIONS, ParallelConfig
 from rung.parallel.legal import layout_problems
 
-__all__ = ["NODES", "Config", "ExportConfig", "RecipeConfig", "changes_that_matter", "load_config", "validate"]
+__all__ = [
+    "NODES",
+    "Config",
+    "ExportConfig",
+    "RecipeConfig",
+    "changes_that_matter",
+    "config_from",
+    "load_config",
+    "validate",
+]
 
 
 @dataclass
@@ -62,6 +72,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -98,8 +109,46 @@ def load_config(overrides: Sequence[str], world_size: int) -> tuple[Config, Layo
     if not config.run.dir.strip() or not config.run.name.strip():
         raise UserError(f"run.dir={config.run.dir!r} and run.name={config.run.name!r} must not be empty")
     config.run.dir = _absolute(config.run.dir)
+    config.checkpoint.dir = _absolute(config.checkpoint.dir)
+    if config.run.resume.strip() not in ("", "auto", "never"):
+        config.run.resume = _absolute(config.run.resume)
     config.data.paths = [_absolute(path) for path in config.data.paths]
     return config, validate(config, world_size)
+
+
+def config_from(values: Mapping[str, Any]) -> Config:
+    """The configuration that a run wrote down, from ``nested`` mappings as a manifest holds them.
+
+    What is not said, as by an older version, is as it is by default. Raises UserError that names every key that this
+    version does not know: what it meant would be ignored.
+    """
+    problems: list[str] = []
+    config: Config = _from_mapping(Config, values, "", problems)
+    UserError.raise_all(problems)
+    return config
+
+
+def _from_mapping(kind: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    hints = get_type_hints(kind)
+    names = {key_of(entry.name): entry.name for entry in fields(kind)}
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names:
+            problems.append(f"{prefix}{key}={value!r} is no setting of this version of Rung")
+            continue
+        hint = hints[names[key]]
+        if is_dataclass(hint) and isinstance(value, Mapping):
+            value = _from_mapping(_option(key, hint, value), value, f"{prefix}{key}.", problems)
+        arguments[names[key]] = value
+    return kind(**arguments)
+
+
+def _option(group: str, kind: Any, values: Mapping[str, Any]) -> type:
+    """The dataclass of what a group was chosen to be, as optim is of AdamWConfig where its name is adamw."""
+    options = [node.type for node in NODES if node.group == group]
+    named = [option for option in options if getattr(option(), "name", None) == values.get("name")]
+    chosen: type = named[0] if len(options) > 1 and named else kind
+    return chosen
 
 
 def _absolute(path: str) -> str:
@@ -118,6 +167,7 @@ def validate(config: Config, world_size: int) -> Layout:
     problems += config.schedule.validate(config.train.steps)
     for other in (
         config.parallel,
+        config.checkpoint,
         config.eval,
         config.logging,
         config.profile,
@@ -165,7 +215,10 @@ def validate(config: Config, world_size: int) -> Layout:
     return layout
 
 
-FREE_TO_CHANGE = ("run.", "parallel.", "logging.", "profile.", "memory.", "heartbeat.", "garbage.", "export.", "eval.")
+FREE_TO_CHANGE = (
+    *("run.", "parallel.", "checkpoint.", "eval.", "export."),
+    *("logging.", "profile.", "memory.", "heartbeat.", "garbage."),
+)
 FREE_KEYS = {
     "train.micro_batch_size",
     "train.steps",

@@ -5,16 +5,20 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from rung.checkpoint import CheckpointError, Manifest, Reader, Storage, locate, open_storage
 from rung.config import flatten, to_yaml
-from rung.errors import UserError
+from rung.errors import NewerCheckpointError, UserError
 from rung.recipes.config import Config, changes_that_matter
 
-__all__ = ["Claim"]
+__all__ = ["Claim", "Origin"]
 
 OURS = ("metrics.jsonl", "status.json", "export", "loss.png", "tensorboard")
+NO_STRUCTURE = {"model.dropout", "model.initializer_range"}
+"""Settings of a model that its weights do not depend on."""
 
 
 class Claim:
@@ -25,17 +29,22 @@ class Claim:
 
     def __init__(self, config: Config) -> None:
         """Lock ``run.dir`` and compare. Raises UserError where the folder cannot be written, is in use, holds files of
-        somebody else, or a run that differs where it may not."""
+        somebody else, or a run that differs where it may not, or where there is nothing at run.resume=PATH."""
         self._config = config
         self._folder = Path(config.run.dir)
-        self._lock = self._locked()
+        self._locks = [_locked(self._folder, "run.dir")]
+        if not (set(Path(config.checkpoint.dir).parents) & {self._folder} or "://" in config.checkpoint.dir):
+            self._locks.append(_locked(Path(config.checkpoint.dir), "checkpoint.dir"))
+        self._storage = self._opened()
         self.notes: list[str] = []
-        """What is to be told: harmless changes against the run that the folder holds."""
-        if self._holds_steps():
-            self._compare()
-            self.notes.append(
-                "this folder held a run; without checkpoints it starts over, and its metrics are replaced"
-            )
+        """What is to be told: harmless changes against the run that the folder holds, and what is begun from."""
+        self.origin = self._origin()
+        """The checkpoint to go on from."""
+        if self.origin is not None:
+            self._compare_with_checkpoint(*self.origin.manifest())
+        elif self._holds_steps():
+            self._compare(self._folder / "resolved.yaml", self._resolved())
+            self.notes.append("this folder held a run; it starts over, and its metrics are replaced")
         elif not (self._folder / "resolved.yaml").exists():
             foreign = [name for name in OURS if (self._folder / name).exists()]
             if foreign:
@@ -45,46 +54,142 @@ class Claim:
                 )
 
     def commit(self) -> None:
-        """The run begins: an earlier one's TensorBoard files go, and ``resolved.yaml`` says what runs now."""
-        shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
+        """The run begins: what an earlier one left half done goes, and ``resolved.yaml`` says what runs now."""
+        if self.origin is None:
+            shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
+            moved = self._storage.set_aside()
+            if moved is not None:
+                self.notes.append(f"the checkpoints that were here are now in {moved}")
         partial = self._folder / "resolved.yaml.partial"
         partial.write_text(to_yaml(self._config))
         os.replace(partial, self._folder / "resolved.yaml")
 
-    def _locked(self) -> IO[Any]:
+    def _opened(self) -> Storage:
+        """The folder of checkpoints, without what dead writers left half done."""
+        directory = self._config.checkpoint.dir
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self._folder / ".lock", "w")  # noqa: SIM115 - held open for the life of the run
+            storage = open_storage(directory)
+            storage.clean()
+            storage.steps()
         except OSError as error:
             reason = error.strerror or str(error)
-            raise UserError(f"run.dir={self._folder} cannot be written: {reason}; choose another run.dir") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise UserError(
-                f"run.dir={self._folder} is in use by another run; wait for it or choose another run.dir"
-            ) from error
-        return lock
+            raise UserError(f"checkpoint.dir={directory} cannot be used: {reason}; choose another one") from error
+        return storage
 
     def _holds_steps(self) -> bool:
         resolved, metrics = self._folder / "resolved.yaml", self._folder / "metrics.jsonl"
         return resolved.is_file() and metrics.is_file() and metrics.stat().st_size > 0
 
-    def _compare(self) -> None:
+    def _origin(self) -> Origin | None:
+        """run.resume, looked up."""
+        resume, own = self._config.run.resume, self._storage
+        steps = own.steps()
+        if resume == "never":
+            return None
+        if resume == "auto":
+            return Origin(own.address, tuple(reversed(steps)), fall_back=True) if steps else None
+        storage, step = locate(resume)
+        if storage.address == own.address and step is not None:
+            if steps and step < steps[-1]:
+                raise UserError(
+                    f"run.resume={resume} goes back to step {step}, but {own.address} has checkpoints up to step "
+                    f"{steps[-1]}; move the later ones away, or choose another run.dir to branch off"
+                )
+            return Origin(own.address, (step,), fall_back=False)
+        if steps:
+            self.notes.append(f"run.resume={resume} was the beginning; this run goes on from its own checkpoints")
+            return Origin(own.address, tuple(reversed(steps)), fall_back=True)
+        there = storage.steps()
+        if step is None and not there:
+            raise UserError(f"run.resume={resume} holds no checkpoint")
+        chosen = there[-1] if step is None else step
+        self.notes.append(f"this run begins from step {chosen} of {storage.address}")
+        return Origin(storage.address, (chosen,), fall_back=False)
+
+    def _resolved(self) -> Any:
         import yaml
 
-        resolved = self._folder / "resolved.yaml"
         try:
-            old = flatten(yaml.safe_load(resolved.read_text()))
+            return yaml.safe_load((self._folder / "resolved.yaml").read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{resolved} is damaged; move it away or choose another run.dir") from error
-        new = flatten(yaml.safe_load(to_yaml(self._config)))
+            raise UserError(
+                f"{self._folder / 'resolved.yaml'} is damaged; move it away or choose another run.dir"
+            ) from error
+
+    def _compare_with_checkpoint(self, where: str, manifest: Manifest) -> None:
+        """As ``_compare``; weights that no run has trained have nothing to say but what model they are of."""
+        if manifest.step or any("/" in name for name in manifest.tensors):
+            self._compare(where, manifest.config)
+            return
+        old, new = (
+            {key: value for key, value in flat.items() if key.startswith("model.") and key not in NO_STRUCTURE}
+            for flat in (flatten(manifest.config), _as_stored(self._config))
+        )
         harmless, serious = changes_that_matter(old, new, self._config.run.allow_changes)
         if serious:
             raise UserError(
-                f"run.dir={self._folder} holds a run that differs:\n"
+                f"{where} holds the weights of another model:\n"
+                + "\n".join(f"  - {line}" for line in serious)
+                + "\nset these keys to what stands there first"
+            )
+        self.notes += [f"other than in the weights that this run begins from: {line}" for line in harmless]
+
+    def _compare(self, where: object, old_config: Any) -> None:
+        """Refuse changes against the settings that ``where`` holds, but for those that may be."""
+        harmless, serious = changes_that_matter(
+            flatten(old_config), _as_stored(self._config), self._config.run.allow_changes
+        )
+        if serious:
+            raise UserError(
+                f"{where} is of a run that differs:\n"
                 + "\n".join(f"  - {line}" for line in serious)
                 + "\nchoose another run.dir, or name these keys in run.allow_changes"
             )
         self.notes += [f"changed since this run began: {line}" for line in harmless]
+
+
+def _locked(folder: Path, key: str) -> IO[Any]:
+    """A lock on a folder that a setting names, held while the file that is returned is open."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held open for the life of the run
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{key}={folder} cannot be written: {reason}; choose another {key}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise UserError(f"{key}={folder} is in use by another run; wait for it or choose another {key}") from error
+    return lock
+
+
+def _as_stored(config: Config) -> dict[str, Any]:
+    """A configuration as it comes back from a file."""
+    import yaml
+
+    return flatten(yaml.safe_load(to_yaml(config)))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoints that a run may go on from, the best first."""
+
+    address: str
+    steps: tuple[int, ...]
+    fall_back: bool
+    """Whether another may take the place of one that cannot be read."""
+
+    def manifest(self) -> tuple[str, Manifest]:
+        """Of the newest that can be opened: what to call it, and what it says."""
+        storage: Storage = open_storage(self.address)
+        problems = []
+        for step in self.steps:
+            try:
+                with Reader(storage, step) as reader:
+                    return f"{self.address}, step {step},", reader.manifest
+            except NewerCheckpointError:
+                raise
+            except CheckpointError as error:
+                problems.append(str(error))
+        raise CheckpointError("; ".join(problems))

@@ -22,8 +22,12 @@ from rung.parallel import Groups, SpreadModel, World, dtypes, initialize, parall
 from rung.recipes.config import Config
 from rung.recipes.finish import finish
 from rung.recipes.folder import Claim
+from rung.recipes.resume import checkpointer, go_on
 
-__all__ = ["assemble", "pretrain", "spread_model"]
+__all__ = ["assemble", "pretrain", "pretrain_in", "spread_model", "spread_without_storage"]
+
+STOPPED_AFTER_SAVING = 75
+"""Exit status of a run that a signal stopped: run it again to go on."""
 
 
 def pretrain(config: Config, layout: Layout) -> int:
@@ -31,25 +35,35 @@ def pretrain(config: Config, layout: Layout) -> int:
     set_numerics(config)
     with World.join(config.device) as world:
         world.set_timeout(config.train.first_timeout_seconds)
-        agree_on_settings(world, config)
-        claim = world.on_main(lambda: Claim(config), share=False)  # holds the lock on run.dir while this function runs
-        world.on_main(lambda: prepare(config.data))
-        source = world.everywhere(lambda: opened(config))
-        agree_on_data(world, source)
-        if claim is not None:
-            claim.commit()
-        with Monitor(monitor_config(config), world, run_facts(config, layout, world, source)) as monitor:
-            for note in claim.notes if claim is not None else ():
-                monitor.message(note)
-            if source.num_eval_windows == 0:
-                monitor.message("nothing is held out of this corpus: there will be no evaluation")
-            run = assemble(config, layout, world, source, monitor)
-            world.set_timeout(config.train.first_timeout_seconds)  # of the groups that were made for it, too
-            outcome = train(run)
-            world.set_timeout(config.train.first_timeout_seconds)  # writing large weights takes its time
-            facts = finish(config, run, outcome) if outcome.state == "completed" else {}
-            monitor.finish(outcome.state, outcome.step, facts)
-    return 0 if outcome.state == "completed" else monitor.stop_status
+        return pretrain_in(world, config, layout)
+
+
+def pretrain_in(world: World, config: Config, layout: Layout) -> int:
+    """``pretrain`` among ranks that have found each other."""
+    agree_on_settings(world, config)
+    claim = world.on_main(lambda: Claim(config), share=False)  # holds the lock on run.dir while this function runs
+    origin = world.on_main(lambda: None if claim is None else claim.origin)
+    world.on_main(lambda: prepare(config.data))
+    source = world.everywhere(lambda: opened(config))
+    agree_on_data(world, source)
+    world.on_main(lambda: None if claim is None else claim.commit())
+    with Monitor(monitor_config(config), world, run_facts(config, layout, world, source)) as monitor:
+        for note in claim.notes if claim is not None else ():
+            monitor.message(note)
+        if source.num_eval_windows == 0:
+            monitor.message("nothing is held out of this corpus: there will be no evaluation")
+        run = assemble(config, layout, world, source, monitor)
+        world.set_timeout(config.train.first_timeout_seconds)  # of the groups that were made for it, too
+        go_on(config, run, origin)
+        run.checkpoints = checkpointer(config, run)
+        outcome = train(run)
+        world.set_timeout(config.train.first_timeout_seconds)  # writing large weights takes its time
+        run.checkpoints.finish(run.progress(outcome.step))
+        monitor.saved(run.checkpoints)
+        run.checkpoints.close()
+        facts = finish(config, run, outcome) if outcome.state == "completed" else {}
+        monitor.finish(outcome.state, outcome.step, facts)
+    return 0 if outcome.state == "completed" else STOPPED_AFTER_SAVING
 
 
 def assemble(config: Config, layout: Layout, world: World, source: DataSource, monitor: Monitor) -> Training:
@@ -73,10 +87,17 @@ def assemble(config: Config, layout: Layout, world: World, source: DataSource, m
 
 def spread_model(config: Config, layout: Layout, world: World) -> SpreadModel:
     """Meta device -> spread (see ``parallelize``) -> storage -> initial values of the boxes this rank holds."""
+    spread = spread_without_storage(config, layout, world)
+    initialize(spread, world.device, config.run.seed)
+    return spread
+
+
+def spread_without_storage(config: Config, layout: Layout, world: World) -> SpreadModel:
+    """Meta device -> spread (see ``parallelize``)."""
     types = dtypes(config.precision)
     with torch.device("meta"):
         model = build(config.model, draws_seed=config.run.seed).to(types.parameters)
-    spread = parallelize(
+    return parallelize(
         model,
         Groups(layout, world.rank, world.device.type),
         config.parallel,
@@ -85,8 +106,6 @@ def spread_model(config: Config, layout: Layout, world: World) -> SpreadModel:
         num_micro_batches=layout.accumulation(config.train.global_batch_size, config.train.micro_batch_size),
         compile_blocks=config.compile,
     )
-    initialize(spread, world.device, config.run.seed)
-    return spread
 
 
 def pipeline_line(config: Config, num_micro_batches: int) -> dict[str, str]:

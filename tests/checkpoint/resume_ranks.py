@@ -14,7 +14,7 @@ from law.harness import Record, Recorder, RecordingOptimizer, UnevenLabels, over
 
 from rung.checkpoint import Reader, open_storage
 from rung.data import open_data
-from rung.layout import local_view
+from rung.layout import clean_name, local_view
 from rung.loop import train
 from rung.parallel import World
 from rung.recipes.config import load_config
@@ -78,6 +78,42 @@ def take_steps(case: Case, corpus: str, folder: str, first: int, last: int) -> t
     if not is_main():
         return None
     return monitor.record, digest(str(copied), first - 1), digest(folder, last)
+
+
+class Counter:
+    """A recipe's state."""
+
+    def __init__(self) -> None:
+        self.rollouts = 0
+
+    def state(self) -> dict[str, int]:
+        return {"rollouts": self.rollouts}
+
+    def load(self, state: dict[str, int]) -> None:
+        self.rollouts = state["rollouts"]
+
+
+def keep_more(case: Case, corpus: str, folder: str, step: int) -> tuple[list[float], int]:
+    """Save (step 1) or load (step 2) a run with a buffer in each layer and a recipe that counts; what is there then."""
+    settings = [f"run.dir={folder}", f"checkpoint.dir={folder}"]
+    config, layout = load_config([*overrides(case, corpus), *settings], dist.get_world_size())
+    world = World(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    source = UnevenLabels(open_data(config.data, config.run.seed))
+    run = assemble(config, layout, world, source, Follower())  # type: ignore[arg-type]
+    counter = Counter()
+    run.recipe_state = {"rollouts": counter}
+    layers = {clean_name(name): m for part in run.model.parts for name, m in part.named_modules() if m in part.blocks()}
+    for name, layer in layers.items():
+        layer.register_buffer("seen", torch.tensor([float(name.rpartition(".")[2])] if step == 1 else [-1.0]))
+        layer.register_buffer("scratch", torch.zeros(3), persistent=False)
+    if step == 1:
+        counter.rollouts = 7
+        saver = checkpointer(config, run)
+        saver.save(run.progress(1), last=True)
+        saver.finish(run.progress(1))
+    else:
+        go_on(config, run, Origin(folder, (1,), fall_back=False))
+    return [layer.seen.item() for layer in layers.values()], counter.rollouts
 
 
 def is_main() -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint.resume_ranks import take_steps
+from checkpoint.resume_ranks import keep_more, take_steps
 from law.covering import Case
 from law.harness import (
     NEUTRAL,
+    SEQ_LEN,
     STEPS,
     TOLERANCE,
     Record,
@@ -22,6 +24,9 @@ from law.harness import (
 )
 from law.test_law import random_case
 from law.workers import Workers
+
+from rung.checkpoint import open_storage
+from rung.data import DataConfig, open_data
 
 LAYOUT = (
     *("dp_shard", "dp_replicate", "tensor", "pipeline", "context", "micro_batch_size", "accumulation"),
@@ -70,11 +75,32 @@ def test_samples_are_read_exactly_once_when_the_data_ranks_change(
     corpus: Path, workers: Workers, tmp_path: Path
 ) -> None:
     base = NEUTRAL | {"micro_batch_size": 1, "dropout": 0.25}
-    shards = {4: 6, 2: 12, 3: 8}
-    cases = [base | {"dp_shard": size, "accumulation": count} for size, count in shards.items()]
+    cases = [base | {"dp_shard": size, "accumulation": 24 // size} for size in (4, 2, 8, 3)]
     record, loaded, saved = follow(cases, corpus, tmp_path, workers)
     assert loaded[1:] == saved[:-1]
-    assert record.samples == one_process(cases[0], str(corpus)).samples
+    order = open_data(DataConfig(name="corpus", paths=[str(corpus)], seq_len=SEQ_LEN), 7)
+    assert record.samples == [sorted(order.sample_ids(24 * step, 24).tolist()) for step in range(4)]
+
+
+def test_buffers_and_a_recipes_state_go_along(corpus: Path, workers: Workers, tmp_path: Path) -> None:
+    first = NEUTRAL | {"dp_shard": 2}
+    second = NEUTRAL | {"pipeline": "interleaved-2", "tensor": "2", "accumulation": 8}
+    workers.run(2, keep_more, first, str(corpus), str(tmp_path), 1)
+    found = workers.run(4, keep_more, second, str(corpus), str(tmp_path), 2)
+    assert [rollouts for _, rollouts in found] == [7] * 4
+    assert sorted(found[0][0] + found[-1][0]) == [0, 1, 2, 3, 4]
+
+
+def test_on_an_object_store(rung: Callable[..., Any], tiny: list[str], s3_folder: str, tmp_path: Path) -> None:
+    settings = [*tiny, f"checkpoint.dir={s3_folder}", "checkpoint.interval=1", "checkpoint.keep=2"]
+    whole = rung("train", *settings, "export.huggingface=false")
+    assert whole.status == 0, whole.err
+    digest = rung("ckpt", "digest", s3_folder).out
+    open_storage(s3_folder).retire(3)
+    again = rung("train", *settings, "export.huggingface=false")
+    assert again.status == 0 and "going on after step 2" in again.out, again.err
+    assert rung("ckpt", "digest", s3_folder).out == digest
+    assert open_storage(s3_folder).steps() == [2, 3]
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])

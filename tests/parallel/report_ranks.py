@@ -109,7 +109,7 @@ def kept(config: Any, layout: Any) -> int:
     world = World(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     source = open_data(config.data, config.run.seed)
     run = assemble(config, layout, world, source, Meter(layout))  # type: ignore[arg-type]
-    batch = StepReader(source, layout, world.rank, run.objective, config.train, world.device).read(1)
+    batch = StepReader(source, layout, world.rank, run.objective, config.train, world.device, run.start).read(1)
     run.model.train()
     storages: dict[int, int] = {}
     alive: list[torch.Tensor] = []

@@ -3,6 +3,6 @@
 from rung.loop.config import EvalConfig, RunConfig, TrainConfig
 from rung.loop.evaluate import evaluate
 from rung.loop.step import Progress
-from rung.loop.train import Outcome, Training, train
+from rung.loop.train import Outcome, Stateful, Training, train
 
-__all__ = ["EvalConfig", "Outcome", "Progress", "RunConfig", "TrainConfig", "Training", "evaluate", "train"]
+__all__ = ["EvalConfig", "Outcome", "Progress", "RunConfig", "Stateful", "TrainConfig", "Training", "evaluate", "train"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,17 @@ from rung.objectives import Objective
 from rung.optim import LocalParameter, Optimizer
 from rung.parallel import SpreadModel, World, all_reduce_sums, squared_norm
 
-__all__ = ["Outcome", "Training", "train"]
+__all__ = ["Outcome", "Stateful", "Training", "train"]
+
+
+class Stateful(Protocol):
+    """Something of a recipe's that a checkpoint must hold. Small, and the same on every rank and every layout."""
+
+    def state(self) -> Any:
+        """What JSON can hold."""
+
+    def load(self, state: Any) -> None:
+        """Go on from what ``state`` returned."""
 
 
 @dataclass
@@ -42,11 +52,15 @@ class Training:
     """Where a checkpoint that was loaded left off."""
     checkpoints: Checkpointer | None = None
     """None: nothing is saved."""
+    recipe_state: Mapping[str, Stateful] = field(default_factory=dict)
+    """By name, what checkpoints hold of the recipe."""
 
     def progress(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of how far the run is after ``step``."""
         after = self.start.after(step, self.settings.global_batch_size)
-        return {"step": after.step, "consumed_samples": after.consumed_samples, **self.monitor.state(step)}
+        known = {"step": after.step, "consumed_samples": after.consumed_samples, **self.monitor.state(step)}
+        recipe = {name: part.state() for name, part in self.recipe_state.items()}
+        return known | ({"recipe": recipe} if recipe else {})
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,19 @@ class SpreadModel:
         ]
 
     def state_tensors(self) -> dict[str, StateTensor]:
-        """What a checkpoint holds of the model: every parameter, trainable or not, on its live storage."""
+        """What a checkpoint holds of the model, on its live storage: every parameter, trainable or not, and every
+        persistent buffer, of which the ranks of a stage have copies."""
         logical = self.logical_tensors()
-        return {name: StateTensor(local_view(p).detach(), logical[name]) for name, p in self.named_parameters()}
+        tensors = {name: StateTensor(local_view(p).detach(), logical[name]) for name, p in self.named_parameters()}
+        of_stage = [rank for rank in range(self.layout.world_size) if self._shares_stages(rank)]
+        for part in self.parts:
+            for name, buffer in _persistent_buffers(part):
+                tensors[name] = StateTensor(buffer, LogicalTensor.from_tensor(name, buffer, holders=of_stage))
+        return tensors
+
+    def _shares_stages(self, rank: int) -> bool:
+        """Whether another rank has the same stages."""
+        return self.layout.coordinate(rank)["pp"] == self.groups.place["pp"]
 
     def materialize(self, device: torch.device) -> None:
         """Give the parts storage on ``device``, with undefined values."""
@@ -267,6 +277,14 @@ class SpreadModel:
     def _logits(self, batch: Batch) -> Tensor:
         """The outputs of the last stage, on the meta device."""
         return torch.empty(*batch.tokens_BT.shape, self._vocabulary()[1], dtype=self._dtypes.compute, device="meta")
+
+
+def _persistent_buffers(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a state_dict would hold, by clean name."""
+    for path, module in part.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield clean_name(f"{path}.{name}" if path else name), buffer
 
 
 def run_model(model: nn.Module, batch: Batch, step: Tensor | None = None) -> Tensor:

@@ -76,10 +76,17 @@ def _load(config: Config, run: Training, address: str, step: int) -> Manifest:
     with reader:
         manifest = reader.manifest
         _check_data(config, manifest, fingerprints(run.source))
+        held = manifest.progress.get("recipe", {})
+        if held.keys() != run.recipe_state.keys():
+            raise CheckpointError(
+                f"{reader.where()} holds recipe state {sorted(held)}, and this recipe keeps {sorted(run.recipe_state)}"
+            )
         report = load_state(reader, _wanted(config, run, manifest), run.world)
     if report.unused:
         names = ", ".join(report.unused[:3]) + (" ..." if len(report.unused) > 3 else "")
         run.monitor.message(f"not loaded: {len(report.unused)} tensors that this run has no use for ({names})")
+    for name, part in run.recipe_state.items():
+        part.load(held[name])
     run.monitor.message(
         f"loaded {manifest.nbytes / 1e6:.1f} MB written by {_layout(manifest)} in {report.seconds:.2f} s"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import queue
@@ -157,12 +158,15 @@ def shared_buffer(size: int) -> tuple[int, mmap.mmap]:
     return descriptor, mmap.mmap(descriptor, max(size, 1), flags=mmap.MAP_SHARED)
 
 
-def carry_out(storage: Storage, plan: Plan, buffer: memoryview, job: Job) -> Outcome:
-    """Write a part and, on rank 0, commit. Never raises: what goes wrong is the outcome, and other writers are told."""
+def carry_out(storage: Storage, plan: Plan, buffer: memoryview, job: Job, *, hurry: bool) -> Outcome:
+    """Write a part and, on rank 0, commit. Never raises: what goes wrong is the outcome, and other writers are told.
+
+    ``hurry`` takes a second core where there is one; without, training that goes on has it.
+    """
     begun = time.monotonic()
     num_bytes = plan.size
     try:
-        write_part(storage, plan, buffer, job)
+        write_part(storage, plan, buffer, job, hurry=hurry)
         if job.head is not None:
             num_bytes = commit(storage, job, job.head)
     except Exception as error:
@@ -189,13 +193,14 @@ def give_up(storage: Storage, job: Job, text: str) -> None:
             storage.write(path, text.encode())
 
 
-def write_part(storage: Storage, plan: Plan, buffer: memoryview, job: Job) -> None:
+def write_part(storage: Storage, plan: Plan, buffer: memoryview, job: Job, *, hurry: bool) -> None:
     """Write and announce what this rank has. Blocks are hashed from the buffer, not from what a disk gives back."""
     faults.reach("write.begin", job.rank)
     name = storage.file_name(job.token, _data_name(job.rank))
+    digest = functools.partial(_digested, plan, buffer, name)
     blocks = []
-    with ThreadPoolExecutor(1, thread_name_prefix="rung-digest") as beside:  # while the disk works
-        tensors = beside.submit(_digested, plan, buffer, name)
+    with ThreadPoolExecutor(1, thread_name_prefix="rung-digest") as beside:
+        digested = beside.submit(digest) if hurry else None
         with storage.open_write(storage.attempt_path(job.step, job.token, _data_name(job.rank))) as file:
             for start in range(0, plan.size, BLOCK_BYTES):
                 block = buffer[start : min(start + BLOCK_BYTES, plan.size)]
@@ -204,7 +209,8 @@ def write_part(storage: Storage, plan: Plan, buffer: memoryview, job: Job) -> No
                 faults.reach("write.block", job.rank)
             faults.reach("write.before_sync", job.rank)
         faults.reach("write.before_part", job.rank)
-        part = Part({name: StoredFile(plan.size, tuple(blocks))}, tensors.result())
+        tensors = digest() if digested is None else digested.result()
+    part = Part({name: StoredFile(plan.size, tuple(blocks))}, tensors)
     storage.write(storage.attempt_path(job.step, job.token, f"part-{job.rank:05d}.json"), part.to_json())
     faults.reach("write.part", job.rank)
 
@@ -374,7 +380,8 @@ class FlushThread:
 
     def submit(self, job: Job) -> None:
         """See ``Flush``."""
-        run = lambda: self._outcomes.put(carry_out(self._storage, self._plan, self._buffer, job))  # noqa: E731
+        outcome = functools.partial(carry_out, self._storage, self._plan, self._buffer, job, hurry=True)
+        run = lambda: self._outcomes.put(outcome())  # noqa: E731
         threading.Thread(target=run, name="rung-checkpoint", daemon=True).start()
 
     def poll(self) -> Outcome | None:
@@ -479,7 +486,7 @@ def main() -> None:
         storage = open_storage(address)
         buffer = memoryview(mmap.mmap(buffer_descriptor, max(plan.size, 1), flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
         while True:
-            pipe.send(carry_out(storage, plan, buffer, pipe.recv()))
+            pipe.send(carry_out(storage, plan, buffer, pipe.recv(), hurry=False))
 
 
 def _die_with(parent: int) -> None:

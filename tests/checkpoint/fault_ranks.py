@@ -99,6 +99,7 @@ class Run(SimpleNamespace):
             source=SimpleNamespace(fingerprint="c0ffee", tokenizer_fingerprint=None),
             monitor=SimpleNamespace(message=self.said.append, start=lambda step, state: None),
             start=Progress(),
+            recipe_state={},
         )
 
 

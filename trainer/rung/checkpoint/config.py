@@ -25,7 +25,8 @@ class CheckpointConfig:
     dir: str = "${run.dir}/checkpoints"
     """Folder of the checkpoints: a path, or an address such as s3://bucket/run."""
     write_timeout_seconds: float = 1800.0
-    """A checkpoint that is not committed so long after its copy was made is given up; training goes on."""
+    """How long rank 0's writer waits for the parts of the others once its own is written. A checkpoint that is not
+    complete by then is given up; training goes on."""
 
     def validate(self) -> list[str]:
         """Problems with these settings."""
@@ -34,5 +35,7 @@ class CheckpointConfig:
             for name in ("interval", "keep")
             if (value := getattr(self, name)) < 0
         ]
+        if self.when_busy == "skip" and not self.async_:
+            problems.append("checkpoint.when_busy=skip needs checkpoint.async=true: else nothing is ever being written")
         problems += choice_problem("checkpoint.when_busy", self.when_busy, ("wait", "skip"))
         return problems + positive_problems(checkpoint__write_timeout_seconds=self.write_timeout_seconds)

@@ -14,7 +14,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,17 @@ from rung.checkpoint import faults
 from rung.checkpoint.config import CheckpointConfig
 from rung.checkpoint.format import CheckpointError
 from rung.checkpoint.storage import open_storage
-from rung.checkpoint.writer import Flush, FlushProcess, FlushThread, Head, Job, Outcome, Plan, shared_buffer
+from rung.checkpoint.writer import (
+    Flush,
+    FlushProcess,
+    FlushThread,
+    Head,
+    Job,
+    Outcome,
+    Plan,
+    give_up,
+    shared_buffer,
+)
 from rung.optim import StateTensor
 
 if TYPE_CHECKING:
@@ -62,7 +72,7 @@ class Checkpointer:
     """Saves one run's state. Every rank calls the same methods at the same points; ``save`` and ``finish`` communicate.
 
     A checkpoint that cannot be written costs nothing but itself: training goes on, the ones before stay, and ``poll``
-    tells.
+    tells. Only where there is no memory or process to be had for the first one, ``save`` raises. Close it at the end.
     """
 
     def __init__(
@@ -87,13 +97,14 @@ class Checkpointer:
         self._views: list[Tensor] = []
         self._flush: Flush | None = None
         self._snapshot: _Snapshot | None = None
+        self._copied: _Snapshot | None = None
+        self._deadline = 0.0
         self._flushing: Job | None = None
         self._last: Job | None = None
         self._reports: list[Report] = []
         self._saved_step = saved_step
         self._failed: str | None = None
-        self.stall_seconds = 0.0
-        """Time for which training has waited for snapshots and writers since ``take_stall_seconds``."""
+        self._stall_seconds = 0.0
 
     def due(self, step: int) -> bool:
         """Whether the interval asks for a checkpoint after ``step``."""
@@ -117,16 +128,17 @@ class Checkpointer:
         head = dataclasses.replace(self._head, progress=dict(progress)) if self._world.is_main else None
         token = f"{self._token}{self._attempts:04x}"
         job = Job(self._saved_step, token, self._world.rank, self._world.size, self._config.write_timeout_seconds, head)
-        flush = self._writer(in_process=self._config.async_ and not last)
+        flush = self._writer(separate=self._config.async_ and not last)
         self._flushing = self._last = job
+        self._deadline = time.monotonic() + 2 * self._config.write_timeout_seconds
         faults.reach("save.snapshot", self._world.rank)
         self._snapshot = _Snapshot(self._sources, self._views, self._world.device, lambda: flush.submit(job))
-        self.stall_seconds += time.perf_counter() - begun
+        self._stall_seconds += time.perf_counter() - begun
         if not self._config.async_:
             self.join()
             begun = time.perf_counter()
             self._wait_for_writers()
-            self.stall_seconds += time.perf_counter() - begun
+            self._stall_seconds += time.perf_counter() - begun
         return True
 
     def join(self) -> None:
@@ -134,10 +146,10 @@ class Checkpointer:
         if self._snapshot is None:
             return
         begun = time.perf_counter()
-        snapshot, self._snapshot = self._snapshot, None
-        snapshot.join()
+        self._copied, self._snapshot = self._snapshot, None
+        self._copied.join()
         faults.reach("save.handed_over", self._world.rank)
-        self.stall_seconds += time.perf_counter() - begun
+        self._stall_seconds += time.perf_counter() - begun
 
     def poll(self) -> list[Report]:
         """What has become known since the last call: rank 0 of commits and failures, other ranks of their failures."""
@@ -159,6 +171,9 @@ class Checkpointer:
 
     def close(self) -> None:
         """End the flush process, without waiting for what it is doing, and give the buffer back."""
+        for snapshot in (self._snapshot, self._copied):
+            if snapshot is not None:
+                snapshot.finish()  # nothing may write into what is given back
         if self._flush is not None:
             self._flush.close()
             self._flush = None
@@ -169,8 +184,8 @@ class Checkpointer:
             os.close(self._descriptor)
 
     def take_stall_seconds(self) -> float:
-        """``stall_seconds``, which begins again at zero."""
-        seconds, self.stall_seconds = self.stall_seconds, 0.0
+        """Time for which training has waited for snapshots and writers since the last call."""
+        seconds, self._stall_seconds = self._stall_seconds, 0.0
         return seconds
 
     def _busy(self) -> bool:
@@ -179,12 +194,27 @@ class Checkpointer:
             return True
         if self._flushing is None or self._flush is None:
             return False
-        outcome = self._flush.poll()
+        outcome = self._flush.poll() or self._given_up(self._flushing)
         if outcome is None:
             return True
         self._flushing = None
         self._note(outcome)
         return False
+
+    def _given_up(self, job: Job) -> Outcome | None:
+        """The outcome of a job whose copy failed after ``join``, or whose writer hangs."""
+        if self._copied is not None and self._copied.error is not None:
+            text = f"the copy of the state failed: {self._copied.error}"
+        elif time.monotonic() > self._deadline:
+            text = "its writer gave no answer for twice checkpoint.write_timeout_seconds"
+        else:
+            return None
+        if self._flush is not None:
+            self._flush.close()
+            self._flush = None
+        if job.head is None:
+            give_up(open_storage(self._config.dir), job, text)
+        return Outcome(job.step, text, 0, 0.0)
 
     def _note(self, outcome: Outcome) -> None:
         self._failed = outcome.error
@@ -203,13 +233,14 @@ class Checkpointer:
                 open_storage(self._config.dir).discard(self._last.step, self._last.token)
             self._last = None
 
-    def _writer(self, *, in_process: bool) -> Flush:
+    def _writer(self, *, separate: bool) -> Flush:
         """The buffer, and who writes it: a process when training goes on meanwhile, or where there is one already."""
         if self._whole is None:
             self._descriptor, self._memory = shared_buffer(self._plan.size)
-            self._whole = whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+            whole = torch.frombuffer(self._memory, dtype=torch.uint8)
             if self._world.device.type == "cuda":
                 _page_lock(whole)
+            self._whole = whole
             self._views = [
                 whole[box.offset : box.offset + box.nbytes].view(tensor.dtype).view(box.box.sizes)
                 for box, (tensor, _) in zip(self._plan.boxes, self._sources, strict=True)
@@ -217,7 +248,7 @@ class Checkpointer:
         if isinstance(self._flush, FlushProcess) and not self._flush.is_running:
             self._flush.close()
             self._flush = None
-        if in_process and not isinstance(self._flush, FlushProcess):
+        if separate and not isinstance(self._flush, FlushProcess):
             self._flush = FlushProcess(self._config.dir, self._plan, self._descriptor)
         if self._flush is None:
             assert self._memory is not None
@@ -233,45 +264,49 @@ class _Snapshot:
         sources: list[tuple[Tensor, tuple[slice, ...]]],
         views: list[Tensor],
         device: torch.device,
-        then: Any,
+        then: Callable[[], None],
     ) -> None:
         self._sources, self._views, self._device, self._then = sources, views, device, then
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
+        """What went wrong, also after ``join``."""
         self._enqueued = threading.Event()
-        self._ready = torch.cuda.Event() if device.type == "cuda" else None
-        if self._ready is not None:
-            self._ready.record()  # what is queued before this must be done before the copy
+        on_device = device.type == "cuda"
+        self._begin, self._done = (torch.cuda.Event(), torch.cuda.Event()) if on_device else (None, None)
+        if self._begin is not None:
+            self._begin.record()  # what is queued before this must be done before the copy
         self._thread = threading.Thread(target=self._run, name="rung-snapshot", daemon=True)
         self._thread.start()
 
     def join(self) -> None:
         """Wait for the copy: the host on CPU, the device's queue on CUDA."""
-        if self._ready is None:
+        if self._done is None:
             self._thread.join()
         else:
             self._enqueued.wait()
-            torch.cuda.current_stream(self._device).wait_event(self._ready)
-        if self._error is not None:
-            raise self._error
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+        if self.error is not None:
+            raise self.error
+
+    def finish(self) -> None:
+        """Wait until nothing is copied any more."""
+        self._thread.join()
 
     @torch.no_grad()
     def _run(self) -> None:
         try:
-            if self._ready is None:
+            if self._begin is None or self._done is None:
                 self._copy()
             else:
                 stream = torch.cuda.Stream(self._device)
-                stream.wait_event(self._ready)
+                stream.wait_event(self._begin)
                 with torch.cuda.stream(stream):
                     self._copy()
-                    done = torch.cuda.Event()
-                    done.record(stream)
-                self._ready = done
+                    self._done.record(stream)
                 self._enqueued.set()
-                done.synchronize()
+                self._done.synchronize()
             self._then()
         except BaseException as error:
-            self._error = error
+            self.error = error
         finally:
             self._enqueued.set()
 

@@ -286,10 +286,11 @@ class LocalStorage(Storage):
         faults.reach("commit.renamed")
         _sync_folder(self.address)
         self._anchor()
-        with suppress(OSError):  # it is committed, and neither of these matters to that
-            self.write(_LATEST, f"{step_name(step)}\n".encode())
-            if replaced:
+        if replaced:
+            with suppress(OSError):  # it is committed, and neither of these matters to that
                 self._purge(replaced)
+        with suppress(OSError):
+            self.write(_LATEST, f"{step_name(step)}\n".encode())
         faults.reach("commit.done")
 
     def _anchor(self) -> None:

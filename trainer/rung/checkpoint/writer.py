@@ -54,6 +54,7 @@ __all__ = [
     "Outcome",
     "Plan",
     "PlannedBox",
+    "give_up",
     "shared_buffer",
     "write_alone",
 ]
@@ -329,10 +330,10 @@ def retire_old(storage: Storage, newest: int, keep: int) -> None:
     Later ones are from another time line (they could not be read, and the run went back): they neither count nor go.
     """
     steps: list[int] = []
-    with contextlib.suppress(OSError):  # the new one is safe; what could not be deleted is tried again after the next
+    with contextlib.suppress(OSError, CheckpointError):  # the new one is safe, and this is tried again after the next
         steps = [step for step in storage.steps() if step <= newest]
     for step in steps[:-keep] if keep else []:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, CheckpointError):
             storage.retire(step)
 
 
@@ -481,10 +482,10 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     pipe = Connection(pipe_descriptor)
-    with contextlib.suppress(EOFError, OSError):
-        address, plan = pipe.recv()
-        storage = open_storage(address)
-        buffer = memoryview(mmap.mmap(buffer_descriptor, max(plan.size, 1), flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
+    address, plan = pipe.recv()
+    storage = open_storage(address)
+    buffer = memoryview(mmap.mmap(buffer_descriptor, max(plan.size, 1), flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
+    with contextlib.suppress(EOFError, OSError):  # the pipe is closed: the run has ended
         while True:
             pipe.send(carry_out(storage, plan, buffer, pipe.recv(), hurry=False))
 

@@ -69,7 +69,7 @@ def report(error: UserError | CheckpointError) -> int:
     A launcher ends all ranks when the first one exits, so the others leave rank 0 the time to speak.
     """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0" or isinstance(error, LocalUserError | CheckpointError):
+    if rank == "0" or isinstance(error, LocalUserError):
         who = "" if rank == "0" else f"rank {rank}: "
         print(f"rung: error: {who}{error}", file=sys.stderr, flush=True)
     else:

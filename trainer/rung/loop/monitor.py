@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,7 +99,6 @@ class Monitor:
         self._skipped = self._skipped_in_a_row = 0
         self._pending: _Pending | None = None
         self._extra: dict[str, float] = {}
-        self._stall_seconds = 0.0
         self._first_tokens = 0
         self.clock = Stopwatch()
         self._signals = StopSignals(rank=world.rank)
@@ -138,7 +137,7 @@ class Monitor:
         """This rank received a signal to stop."""
         return self._signals.requested != 0
 
-    def start(self, step: int, state: Mapping[str, int]) -> None:
+    def start(self, step: int, state: Mapping[str, Any]) -> None:
         """The run goes on after ``step``, where ``state`` was saved: metrics of later steps are written again."""
         self._step = step
         self._metrics.truncate_to(step)
@@ -191,9 +190,9 @@ class Monitor:
         self.clock.lap()
 
     def saved(self, checkpoints: Checkpointer) -> None:
-        """Tell what became of checkpoints, and what they cost: with the next step's numbers, on rank 0."""
-        if checkpoints.stall_seconds:
-            self._extra["checkpoint_stall_seconds"] = checkpoints.take_stall_seconds()
+        """Tell what became of checkpoints, and what they cost: with this step's numbers, on rank 0."""
+        if seconds := checkpoints.take_stall_seconds():
+            self._extra["checkpoint_stall_seconds"] = seconds
         for report in checkpoints.poll():
             if report.error is not None:
                 where = "" if self._world.is_main else f"[rank {self._world.rank}] "

@@ -91,6 +91,7 @@ def train(run: Training) -> Outcome:
         if run.checkpoints is not None:
             with monitor.clock("checkpoint"):
                 run.checkpoints.join()  # the update must not meet the copy of what it changes
+                monitor.saved(run.checkpoints)
         with monitor.clock("optimizer"):
             lr = run.learning_rate(step)
             loss, norm, skipped = update(run, sums, batch.counts, lr)
@@ -101,11 +102,9 @@ def train(run: Training) -> Outcome:
             with monitor.clock("evaluation"):
                 results = _evaluate(run, batches)
             monitor.evaluated(step, results)
-        if run.checkpoints is not None:
+        if run.checkpoints is not None and run.checkpoints.due(step) and step < last:
             with monitor.clock("checkpoint"):
-                if run.checkpoints.due(step) and step < last:
-                    run.checkpoints.save(run.progress(step))
-                monitor.saved(run.checkpoints)
+                run.checkpoints.save(run.progress(step))
     return Outcome("completed", last, results)
 
 

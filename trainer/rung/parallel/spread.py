@@ -108,7 +108,8 @@ class SpreadModel:
 
     def state_tensors(self) -> dict[str, StateTensor]:
         """What a checkpoint holds of the model, on its live storage: every parameter, trainable or not, and every
-        persistent buffer, of which the ranks of a stage have copies."""
+        persistent buffer, of which the ranks of a stage have copies. Buffers must change only where parameters do: a
+        copy of them may run beside forward and backward passes."""
         logical = self.logical_tensors()
         tensors = {name: StateTensor(local_view(p).detach(), logical[name]) for name, p in self.named_parameters()}
         of_stage = [rank for rank in range(self.layout.world_size) if self._shares_stages(rank)]
@@ -118,7 +119,7 @@ class SpreadModel:
         return tensors
 
     def _shares_stages(self, rank: int) -> bool:
-        """Whether another rank has the same stages."""
+        """Whether another rank holds the same stages as this one."""
         return self.layout.coordinate(rank)["pp"] == self.groups.place["pp"]
 
     def materialize(self, device: torch.device) -> None:

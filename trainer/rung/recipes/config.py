@@ -110,7 +110,8 @@ def load_config(overrides: Sequence[str], world_size: int) -> tuple[Config, Layo
         raise UserError(f"run.dir={config.run.dir!r} and run.name={config.run.name!r} must not be empty")
     config.run.dir = _absolute(config.run.dir)
     config.checkpoint.dir = _absolute(config.checkpoint.dir)
-    if config.run.resume.strip() not in ("", "auto", "never"):
+    config.run.resume = config.run.resume.strip()
+    if config.run.resume not in ("", "auto", "never"):
         config.run.resume = _absolute(config.run.resume)
     config.data.paths = [_absolute(path) for path in config.data.paths]
     return config, validate(config, world_size)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from rung.checkpoint import CheckpointError, Manifest, Reader, Storage, locate, open_storage
+from rung.checkpoint.storage import LocalStorage
 from rung.config import flatten, to_yaml
 from rung.errors import NewerCheckpointError, UserError
 from rung.recipes.config import Config, changes_that_matter
 
-__all__ = ["Claim", "Origin"]
+__all__ = ["Claim", "Origin", "none_left"]
 
 OURS = ("metrics.jsonl", "status.json", "export", "loss.png", "tensorboard")
 NO_STRUCTURE = {"model.dropout", "model.initializer_range"}
@@ -33,8 +35,6 @@ class Claim:
         self._config = config
         self._folder = Path(config.run.dir)
         self._locks = [_locked(self._folder, "run.dir")]
-        if not (set(Path(config.checkpoint.dir).parents) & {self._folder} or "://" in config.checkpoint.dir):
-            self._locks.append(_locked(Path(config.checkpoint.dir), "checkpoint.dir"))
         self._storage = self._opened()
         self.notes: list[str] = []
         """What is to be told: harmless changes against the run that the folder holds, and what is begun from."""
@@ -54,10 +54,12 @@ class Claim:
                 )
 
     def commit(self) -> None:
-        """The run begins: what an earlier one left half done goes, and ``resolved.yaml`` says what runs now."""
+        """The run begins: where it starts over, an earlier one's checkpoints are moved aside and its TensorBoard files
+        go; ``resolved.yaml`` says what runs now."""
+        self._storage.clean()
         if self.origin is None:
-            shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
             moved = self._storage.set_aside()
+            shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
             if moved is not None:
                 self.notes.append(f"the checkpoints that were here are now in {moved}")
         partial = self._folder / "resolved.yaml.partial"
@@ -69,11 +71,20 @@ class Claim:
         directory = self._config.checkpoint.dir
         try:
             storage = open_storage(directory)
-            storage.clean()
-            storage.steps()
+            if isinstance(storage, LocalStorage):
+                folder = Path(storage.address)
+                if not folder.is_relative_to(self._folder):
+                    self._locks.append(_locked(folder, "checkpoint.dir"))
+                storage.clean()  # a checkpoint that was being replaced is one again
+            steps = storage.steps()
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"checkpoint.dir={directory} cannot be used: {reason}; choose another one") from error
+        if steps and self._config.run.resume == "never" and not isinstance(storage, LocalStorage):
+            raise UserError(
+                f"run.resume=never, but {directory} holds {len(steps)} checkpoints, which cannot be moved aside there; "
+                "choose another checkpoint.dir"
+            )
         return storage
 
     def _holds_steps(self) -> bool:
@@ -192,4 +203,12 @@ class Origin:
                 raise
             except CheckpointError as error:
                 problems.append(str(error))
-        raise CheckpointError("; ".join(problems))
+        raise CheckpointError(none_left(self.address, problems))
+
+
+def none_left(address: str, problems: Sequence[str]) -> str:
+    """What is said where no checkpoint can be read."""
+    return (
+        f"no checkpoint in {address} can be loaded: {UserError.one_text(problems)}\n"
+        "to start over, say run.resume=never: what is there is then moved aside"
+    )

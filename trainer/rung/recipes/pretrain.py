@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -55,12 +56,11 @@ def pretrain_in(world: World, config: Config, layout: Layout) -> int:
         run = assemble(config, layout, world, source, monitor)
         world.set_timeout(config.train.first_timeout_seconds)  # of the groups that were made for it, too
         go_on(config, run, origin)
-        run.checkpoints = checkpointer(config, run)
-        outcome = train(run)
-        world.set_timeout(config.train.first_timeout_seconds)  # writing large weights takes its time
-        run.checkpoints.finish(run.progress(outcome.step))
-        monitor.saved(run.checkpoints)
-        run.checkpoints.close()
+        with contextlib.closing(checkpointer(config, run)) as run.checkpoints:
+            outcome = train(run)
+            world.set_timeout(config.train.first_timeout_seconds)  # writing large weights takes its time
+            run.checkpoints.finish(run.progress(outcome.step))
+            monitor.saved(run.checkpoints)
         facts = finish(config, run, outcome) if outcome.state == "completed" else {}
         monitor.finish(outcome.state, outcome.step, facts)
     return 0 if outcome.state == "completed" else STOPPED_AFTER_SAVING

@@ -86,6 +86,7 @@ def reshard_in(
         return []
     return [
         *plan.notes,
+        *([f"every rank reads for itself alone: {report.not_shared}"] if report.not_shared else []),
         f"read {reader.where()}: {report.bytes_read_total / 1e6:,.1f} MB in {report.seconds:.2f} s",
         f"wrote {target.where(step_name(manifest.step))}: {written.num_bytes / 1e6:,.1f} MB in {written.seconds:.2f} s "
         f"on {plan.words}",

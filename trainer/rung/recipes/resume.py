@@ -11,7 +11,7 @@ from rung.errors import NewerCheckpointError, UserError
 from rung.loop import Progress, Training
 from rung.optim import StateTensor
 from rung.recipes.config import Config
-from rung.recipes.folder import Origin
+from rung.recipes.folder import Origin, none_left
 
 __all__ = ["checkpointer", "go_on"]
 
@@ -64,10 +64,7 @@ def go_on(config: Config, run: Training, origin: Origin | None) -> None:
         run.monitor.start(step, manifest.progress)
         return
     if origin is not None:
-        raise CheckpointError(
-            f"no checkpoint in {origin.address} can be loaded: {'; '.join(problems)}; to start over, say "
-            "run.resume=never: what is there is then moved aside"
-        )
+        raise CheckpointError(none_left(origin.address, problems))
     run.monitor.start(0, {})
 
 
@@ -77,16 +74,19 @@ def _load(config: Config, run: Training, address: str, step: int) -> Manifest:
         manifest = reader.manifest
         _check_data(config, manifest, fingerprints(run.source))
         held = manifest.progress.get("recipe", {})
-        if held.keys() != run.recipe_state.keys():
-            raise CheckpointError(
+        trained = any("/" in name for name in manifest.tensors)
+        if trained and held.keys() != run.recipe_state.keys():
+            raise UserError(
                 f"{reader.where()} holds recipe state {sorted(held)}, and this recipe keeps {sorted(run.recipe_state)}"
             )
         report = load_state(reader, _wanted(config, run, manifest), run.world)
     if report.unused:
         names = ", ".join(report.unused[:3]) + (" ..." if len(report.unused) > 3 else "")
         run.monitor.message(f"not loaded: {len(report.unused)} tensors that this run has no use for ({names})")
-    for name, part in run.recipe_state.items():
-        part.load(held[name])
+    for name in held:
+        run.recipe_state[name].load(held[name])
+    if report.not_shared:
+        run.monitor.message(f"every rank reads for itself alone: {report.not_shared}")
     run.monitor.message(
         f"loaded {manifest.nbytes / 1e6:.1f} MB written by {_layout(manifest)} in {report.seconds:.2f} s"
     )
@@ -122,4 +122,5 @@ def _check_data(config: Config, manifest: Manifest, found: Mapping[str, str | No
 def _layout(manifest: Manifest) -> str:
     """The axes above one of the layout that wrote a checkpoint."""
     axes = {axis: manifest.config["parallel"].get(axis, 1) for axis in ("dp_replicate", "dp_shard", "tp", "pp", "cp")}
-    return " × ".join(f"{axis} {size}" for axis, size in axes.items() if size not in (1, -1)) or "one data axis"
+    ranks = f"{len(manifest.files)} rank{'s' * (len(manifest.files) > 1)}"
+    return ", ".join([ranks, *(f"{axis} {size}" for axis, size in axes.items() if size not in (1, -1))])

@@ -247,6 +247,72 @@ AXES = {
 }
 LABELS = {"rung": "Rung", "bare": "`bare_llama.py`", "huggingface": "Hugging Face Trainer"}
 CONTENDERS = ("Rung, compiled", "Rung", f"{LABELS['bare']}, compiled", LABELS["huggingface"])
+CHECKPOINT_RATIOS = {
+    "rung async stall / torch.save": "wait of an asynchronous save ÷ blocking `torch.save`, both durable",
+    "rung async stall / memcpy": "the same ÷ a copy of the state in memory",
+    "dcp thread stall / torch.save": "wait of DCP's asynchronous save (thread) ÷ blocking `torch.save`",
+    "save: rung / dcp": "blocking save ÷ DCP's",
+    "save: rung async / dcp thread": "asynchronous save until committed ÷ DCP's, thread",
+    "save: rung async / dcp process": "the same ÷ DCP's, process",
+    "load: rung / dcp, same": "load on the same ranks ÷ DCP's, files in the page cache",
+    "load: rung / dcp, same, cold": "the same, page cache dropped",
+    "load: rung / dcp, columns": "load of rows as columns ÷ DCP's",
+    "load: rung / dcp, fewer": "load on half the ranks ÷ DCP's",
+}
+
+
+def checkpoint_times(result: Mapping[str, Any] | None) -> str:
+    """Waits and wall-clock of checkpoint.py beside torch.distributed.checkpoint."""
+    if result is None:
+        return _table(("", "ratio"), [(NEVER_RUN, "")])
+    programs = result["saves"]
+    header = ("", *(f"{part['size']}, {part['ranks']} ranks" for part in programs))
+    rows = [
+        (label, *(_span(part["ratios"][name], ".2f") if name in part["ratios"] else "" for part in programs))
+        for name, label in CHECKPOINT_RATIOS.items()
+    ]
+    rows.append(("rounds", *(str(part["rounds"]) for part in programs)))
+    for name, label in {"rung": "blocking save, seconds", "load rung, same": "load on the same ranks, seconds"}.items():
+        rows.append((label, *(_span(part["ways"][name]["seconds"], ".2f") for part in programs)))
+    return _table(header, rows) + f"\n\n{_machine(result)}"
+
+
+def checkpoint_bytes(result: Mapping[str, Any] | None) -> str:
+    """Bytes of checkpoint.py, on disk and in memory."""
+    if result is None:
+        return _table(("", "ratio"), [(NEVER_RUN, "")])
+    programs = result["saves"]
+    header = ("", *(f"{part['size']}, {part['ranks']} ranks" for part in programs))
+    rows = [
+        ("written ÷ state", *(f"{part['written_over_state']:.4f}" for part in programs)),
+        ("read ÷ blocks touched, most", *(f"{max(part['read_over_touched'].values()):.4f}" for part in programs)),
+        ("rows read as columns ÷ state", *(f"{part['read_over_state']['rung, columns']:.2f}" for part in programs)),
+        ("the same, DCP", *(f"{part['read_over_state']['dcp, columns']:.2f}" for part in programs)),
+        ("more memory ÷ state", *(f"{part['memory_over_local']['extra']:.2f}" for part in programs)),
+        ("of it the flush processes, MiB", *(f"{part['flush_process_bytes'] / 2**20:.0f}" for part in programs)),
+    ]
+    return _table(header, rows)
+
+
+def checkpoint_steps(result: Mapping[str, Any] | None) -> str:
+    """What a step costs while checkpoint.py has a checkpoint written."""
+    header = ("", "cores free", "step ÷ step alone", "seconds until committed")
+    if result is None:
+        return _table(header, [(NEVER_RUN, "", "", "")])
+    labels = {"rung async": "Rung", "dcp thread": "DCP, thread", "dcp process": "DCP, process"}
+    rows = [
+        (
+            f"{labels[name]}, {part['ranks']} rank{'s' * (part['ranks'] > 1)}",
+            str(part["free_cores"]),
+            _span(way["slower"], ".2f"),
+            _span(way["seconds"], ".2f"),
+        )
+        for part in result["steps"]
+        for name, way in part["ways"].items()
+    ]
+    return _table(header, rows)
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any] | None], str]] = {
     "overhead": overhead,
     "startup": startup,
@@ -256,6 +322,9 @@ TABLES: dict[str, Callable[[Mapping[str, Any] | None], str]] = {
     **{f"layout_bytes_{axis}": partial(layout_bytes, cases=cases) for axis, cases in AXES.items()},
     "layout_ring": layout_ring,
     "layout_start": layout_start,
+    "checkpoint_times": checkpoint_times,
+    "checkpoint_bytes": checkpoint_bytes,
+    "checkpoint_steps": checkpoint_steps,
     "gpu_paths": gpu_paths,
     "gpu_ring": gpu_ring,
     "gpu_shapes": gpu_shapes,

@@ -31,6 +31,7 @@ __all__ = [
     "StoredFile",
     "StoredTensor",
     "block_digest",
+    "is_optimizer_state",
     "item_bytes",
     "merge",
     "misplaced",
@@ -57,6 +58,11 @@ def item_bytes(dtype: str) -> int:
     if dtype not in _ITEM_BYTES:
         raise CheckpointError(f"dtype {dtype!r} is not one that checkpoints hold: {', '.join(_ITEM_BYTES)}")
     return _ITEM_BYTES[dtype]
+
+
+def is_optimizer_state(name: str) -> bool:
+    """Whether a tensor is optimizer state, ``parameter/state``, and no part of the model."""
+    return "/" in name
 
 
 def block_digest(data: Any) -> str:
@@ -117,6 +123,11 @@ class Manifest:
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.progress["step"])
+
+    @property
+    def has_optimizer_state(self) -> bool:
+        """Whether it holds more than a model."""
+        return any(map(is_optimizer_state, self.tensors))
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rung.checkpoint.format import Manifest, StoredTensor, item_bytes, state_digest
+from rung.checkpoint.format import Manifest, StoredTensor, is_optimizer_state, item_bytes, state_digest
 from rung.checkpoint.reader import Reader
 from rung.errors import UserError
 
@@ -29,7 +29,7 @@ def select(manifests: Iterable[Manifest], prefix: str = "", model_only: bool = F
     Raises UserError where that leaves none.
     """
     names = dict.fromkeys(name for manifest in manifests for name in manifest.tensors)
-    chosen = [name for name in names if name.startswith(prefix) and not (model_only and "/" in name)]
+    chosen = [name for name in names if name.startswith(prefix) and not (model_only and is_optimizer_state(name))]
     if names and not chosen:
         first = sorted({name.partition(".")[0].partition("/")[0] for name in names})
         what = f"of a model begins with {prefix!r}" if model_only else f"begins with {prefix!r}"
@@ -68,9 +68,6 @@ def describe(reader: Reader, names: Sequence[str], every_tensor: bool = False) -
     manifest = reader.manifest
     facts = {"checkpoint": reader.where(), "step": f"{manifest.step:,}"}
     facts |= {key: _short(value) for key, value in _flat(manifest.progress) if key != "step"}
-    tokens = _tokens(manifest)
-    if tokens is not None:
-        facts["tokens"] = f"{tokens:,}"
     num_bytes = sum(file.size for file in manifest.files.values())
     facts["size"] = f"{_bytes(num_bytes)} in {_count(len(manifest.files), 'file')}"
     facts["digest"] = manifest.digest
@@ -187,7 +184,7 @@ def _values(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
 def _table(tensors: Sequence[StoredTensor], every_tensor: bool) -> list[str]:
     """A line per tensor, or for all those that differ only by numbers in their names; the optimizer's last."""
     groups: dict[tuple[str, str, str], list[StoredTensor]] = {}
-    for tensor in sorted(tensors, key=lambda tensor: ("/" in tensor.name, _by_number(tensor.name))):
+    for tensor in sorted(tensors, key=lambda tensor: (is_optimizer_state(tensor.name), _by_number(tensor.name))):
         name = tensor.name if every_tensor else re.sub(r"(?<![^./])\d+(?![^./])", "*", tensor.name)
         groups.setdefault((name, tensor.dtype, str(list(tensor.shape))), []).append(tensor)
     rows = [
@@ -222,13 +219,6 @@ def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _short(value: Any) -> str:
     text = str(value).replace("\n", " ")
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _tokens(manifest: Manifest) -> int | None:
-    """Tokens consumed, where samples of one length are what was counted."""
-    samples, data = manifest.progress.get("consumed_samples"), manifest.config.get("data")
-    length = data.get("seq_len") if isinstance(data, Mapping) else None
-    return samples * length if isinstance(samples, int) and isinstance(length, int) else None
 
 
 def _bytes(number: float) -> str:

@@ -129,7 +129,7 @@ class Claim:
 
     def _compare_with_checkpoint(self, where: str, manifest: Manifest) -> None:
         """As ``_compare``; weights that no run has trained have nothing to say but what model they are of."""
-        if manifest.step or any("/" in name for name in manifest.tensors):
+        if manifest.step or manifest.has_optimizer_state:
             self._compare(where, manifest.config)
             return
         old, new = (

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from rung.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, Manifest, Reader, load_state, open_storage
-from rung.checkpoint.format import state_digest
+from rung.checkpoint.format import is_optimizer_state, state_digest
 from rung.checkpoint.storage import Storage, step_name
 from rung.config import compose, nested
 from rung.errors import UserError
@@ -72,9 +72,9 @@ def reshard_in(
         target = world.everywhere(lambda: open_storage(destination))
         world.on_main(lambda: free_for(target, manifest.step))
         world.set_timeout(plan.config.train.first_timeout_seconds)
-        tensors = _state(plan, world, model_only or not _has_optimizer(manifest))
+        tensors = _state(plan, world, model_only or not manifest.has_optimizer_state)
         report = load_state(reader, tensors, world)
-    if lost := [name for name in report.unused if not (model_only and "/" in name)]:
+    if lost := [name for name in report.unused if not (model_only and is_optimizer_state(name))]:
         more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
         raise CheckpointError(
             f"{reader.where()} holds what this model and its optimizer have no place for, and nothing may be lost: "
@@ -162,10 +162,6 @@ def _plan(manifest: Manifest, parallel: ParallelConfig, world_size: int) -> _Pla
     return _Plan(config, layout, stored, notes)
 
 
-def _has_optimizer(manifest: Manifest) -> bool:
-    return any("/" in name for name in manifest.tensors)
-
-
 def _state(plan: _Plan, world: World, model_only: bool) -> dict[str, StateTensor]:
     """This rank's tensors, of undefined values."""
     model = spread_without_storage(plan.config, plan.layout, world)
@@ -196,7 +192,7 @@ def _write(plan: _Plan, target: Storage, manifest: Manifest, tensors: dict[str, 
 
 def _check(target: Storage, manifest: Manifest, model_only: bool) -> None:
     """What was written is the state that was read."""
-    kept = [tensor for name, tensor in manifest.tensors.items() if not (model_only and "/" in name)]
+    kept = [tensor for name, tensor in manifest.tensors.items() if not (model_only and is_optimizer_state(name))]
     with Reader(target, manifest.step) as reader:
         if reader.manifest.digest != state_digest(kept, manifest.progress):
             raise CheckpointError(f"{reader.where()} is not the state that was read: do not use it, and report this")

@@ -74,8 +74,7 @@ def _load(config: Config, run: Training, address: str, step: int) -> Manifest:
         manifest = reader.manifest
         _check_data(config, manifest, fingerprints(run.source))
         held = manifest.progress.get("recipe", {})
-        trained = any("/" in name for name in manifest.tensors)
-        if trained and held.keys() != run.recipe_state.keys():
+        if manifest.has_optimizer_state and held.keys() != run.recipe_state.keys():
             raise UserError(
                 f"{reader.where()} holds recipe state {sorted(held)}, and this recipe keeps {sorted(run.recipe_state)}"
             )
@@ -97,7 +96,7 @@ def _wanted(config: Config, run: Training, manifest: Manifest) -> Mapping[str, S
     """What is to be loaded: everything; only the model where a checkpoint holds nothing else, or where the optimizer is
     another one and may be."""
     model, optimizer = run.model.state_tensors(), run.optimizer.named_state()
-    if not any("/" in name for name in manifest.tensors):
+    if not manifest.has_optimizer_state:
         run.monitor.message("this checkpoint holds a model and no optimizer state, which starts at zero")
         return model
     before = manifest.config["optim"]["name"]

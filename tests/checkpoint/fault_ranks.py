@@ -97,7 +97,7 @@ class Run(SimpleNamespace):
             model=SimpleNamespace(state_tensors=lambda: {n: t for n, t in tensors.items() if "/" not in n}),
             optimizer=SimpleNamespace(named_state=lambda: {n: t for n, t in tensors.items() if "/" in n}),
             source=SimpleNamespace(fingerprint="c0ffee", tokenizer_fingerprint=None),
-            monitor=SimpleNamespace(message=self.said.append, start=lambda step, state: None),
+            monitor=SimpleNamespace(message=self.said.append, start=lambda step, state, **_: None),
             start=Progress(),
             recipe_state={},
         )
@@ -106,10 +106,12 @@ class Run(SimpleNamespace):
 def resume(folder: Path, tensors: Mapping[str, StateTensor], world: World, optimizer: str = "adamw") -> Run:
     """``recipes.resume.go_on`` from what ``folder`` holds."""
     run = Run(tensors, world)
-    config: Any = SimpleNamespace(run=SimpleNamespace(allow_changes=[]), optim=SimpleNamespace(name=optimizer))
+    config: Any = SimpleNamespace(
+        run=SimpleNamespace(allow_changes=[]), optim=SimpleNamespace(name=optimizer), train=SimpleNamespace(steps=10**9)
+    )
     storage = open_storage(str(folder))
     steps = world.on_main(lambda: tuple(reversed(storage.steps())))
-    go_on(config, run, Origin(storage.address, steps, fall_back=True) if steps else None)  # type: ignore[arg-type]
+    go_on(config, run, Origin(storage.address, steps, fall_back=True, is_own=True) if steps else None)  # type: ignore[arg-type]
     return run
 
 
@@ -295,7 +297,8 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(
         name
         for name in os.listdir(folder)
-        if name != "latest" and not (name.startswith("step-") and (folder / name / "manifest.json").exists())
+        if name not in ("latest", ".lock")
+        and not (name.startswith("step-") and (folder / name / "manifest.json").exists())
     )
 
 

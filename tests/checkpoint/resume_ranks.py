@@ -26,8 +26,8 @@ from rung.recipes.resume import checkpointer, go_on
 class Follower(Recorder):
     """A recorder of a run that saves and goes on."""
 
-    def start(self, step: int, state: Mapping[str, Any]) -> None:
-        del step, state
+    def start(self, step: int, state: Mapping[str, Any], *, keep_metrics: bool = True) -> None:
+        del step, state, keep_metrics
 
     def state(self, step: int) -> dict[str, int]:
         del step
@@ -63,7 +63,7 @@ def take_steps(case: Case, corpus: str, folder: str, first: int, last: int) -> t
                 values = torch.from_numpy(perturbed(name, parameter.numel()))
                 for box, place, _ in logical[name].pieces():
                     local_view(parameter).data[place] = values[box.slices()]
-    go_on(config, run, Origin(folder, (first - 1,), fall_back=False) if first > 1 else None)
+    go_on(config, run, Origin(folder, (first - 1,), fall_back=False, is_own=True) if first > 1 else None)
     copied = Path(folder, "copies")
     copies = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(copied)))
     again = checkpointer(copies, run)
@@ -112,7 +112,7 @@ def keep_more(case: Case, corpus: str, folder: str, step: int) -> tuple[list[flo
         saver.save(run.progress(1), last=True)
         saver.finish(run.progress(1))
     else:
-        go_on(config, run, Origin(folder, (1,), fall_back=False))
+        go_on(config, run, Origin(folder, (1,), fall_back=False, is_own=True))
     return [layer.seen.item() for layer in layers.values()], counter.rollouts
 
 

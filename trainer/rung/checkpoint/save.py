@@ -205,7 +205,8 @@ class Checkpointer:
         """The outcome of a job whose copy failed after ``join``, or whose writer hangs."""
         if self._copied is not None and self._copied.error is not None:
             text = f"the copy of the state failed: {self._copied.error}"
-        elif time.monotonic() > self._deadline:
+        elif isinstance(self._flush, FlushProcess) and time.monotonic() > self._deadline:
+            # It is killed below. A thread cannot be: it would wake and commit what the buffer holds by then.
             text = "its writer gave no answer for twice checkpoint.write_timeout_seconds"
         else:
             return None
@@ -271,7 +272,8 @@ class _Snapshot:
         """What went wrong, also after ``join``."""
         self._enqueued = threading.Event()
         on_device = device.type == "cuda"
-        self._begin, self._done = (torch.cuda.Event(), torch.cuda.Event()) if on_device else (None, None)
+        self._begin = torch.cuda.Event() if on_device else None
+        self._done = torch.cuda.Event() if on_device else None
         if self._begin is not None:
             self._begin.record()  # what is queued before this must be done before the copy
         self._thread = threading.Thread(target=self._run, name="rung-snapshot", daemon=True)

@@ -375,8 +375,13 @@ class LocalStorage(Storage):
         with suppress(FileNotFoundError):
             os.unlink(self.where(_LATEST))
         aside = _next_free(self.address)
-        for step in steps:  # oldest first: if this is cut off, the newest is where it was
-            os.rename(self.where(step_name(step)), f"{aside}/{step_name(step)}")
+        try:
+            for step in steps:  # oldest first: if this is cut off, the newest is where it was
+                os.rename(self.where(step_name(step)), f"{aside}/{step_name(step)}")
+        except OSError:
+            with suppress(OSError):
+                os.rmdir(aside)  # unless something is in it
+            raise
         for folder in (aside, os.path.dirname(aside), self.address):
             _sync_folder(folder)
         return aside

@@ -318,6 +318,10 @@ def commit(storage: Storage, job: Job, head: Head) -> int:
     manifest = merge(
         parts, progress=head.progress, config=head.config, fingerprints=head.fingerprints, versions=head.versions
     )
+    for name, file in manifest.files.items():
+        path = storage.attempt_path(job.step, job.token, name.rpartition("/")[2])
+        if (size := storage.size(path)) != file.size:
+            raise CheckpointError(f"{storage.where(path)} has {size} of {file.size} bytes: somebody else was at it")
     faults.reach("commit.merged", job.rank)
     storage.publish(job.step, job.token, manifest.to_json())
     retire_old(storage, job.step, head.keep)
@@ -465,7 +469,10 @@ class FlushProcess:
             self._process.wait(timeout=1)
             return
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # it may be stuck in the kernel, and dies when it leaves that
+            self._process.wait(timeout=5)
 
 
 def _pipe() -> tuple[Connection, Connection]:

@@ -159,9 +159,10 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(f"note: {note}")
         size = sum(file.size for file in manifest.files.values())
         blocks = sum(len(file.blocks) for file in manifest.files.values())
+        verdict = f"damaged, {problems} problem{'s' * (problems > 1)}" if problems else "whole"
         print(
-            f"{f'damaged: {problems} problems' if problems else 'whole'}: {size:,} bytes in {len(manifest.files):,} "
-            f"files, {blocks:,} blocks and {len(manifest.tensors):,} tensors checked"
+            f"{verdict}: {size:,} bytes in {len(manifest.files):,} files, {blocks:,} blocks and "
+            f"{len(manifest.tensors):,} tensors checked"
         )
     return 1 if problems else 0
 
@@ -194,7 +195,11 @@ def _diff(arguments: argparse.Namespace) -> int:
             number += 1
             print(line, flush=True)
         what = "states" if everything else f"{len(names):,} tensors"
-        print(f"the {what} differ in {number:,} places" if number else f"the {what} are equal")
+        print(
+            f"the {what} differ in {number:,} places"
+            if number
+            else f"the {what} are equal, by the digests in their manifests"
+        )
     return 1 if number else 0
 
 

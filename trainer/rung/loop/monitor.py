@@ -137,10 +137,10 @@ class Monitor:
         """This rank received a signal to stop."""
         return self._signals.requested != 0
 
-    def start(self, step: int, state: Mapping[str, Any]) -> None:
+    def start(self, step: int, state: Mapping[str, Any], *, keep_metrics: bool = True) -> None:
         """The run goes on after ``step``, where ``state`` was saved: metrics of later steps are written again."""
         self._step = step
-        self._metrics.truncate_to(step)
+        self._metrics.truncate_to(step if keep_metrics else 0)
         self._skipped = state.get("skipped_steps", 0)
         self._skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self._first_tokens = state.get("consumed_tokens", 0) - step * self._facts.tokens_per_step

@@ -15,7 +15,7 @@ from rung import __version__
 from rung.checkpoint import CheckpointError, HuggingFaceFolder, Manifest, Reader, export_huggingface, open_storage
 from rung.checkpoint.storage import step_name
 from rung.checkpoint.writer import BoxValues, Head, write_alone
-from rung.config import choice_problem, compose, nested
+from rung.config import choice_problem, compose, flatten, literal, nested
 from rung.data import DataConfig, load_tokenizer
 from rung.data.corpus import CorpusInfo
 from rung.data.stdlib import cache_folder
@@ -23,6 +23,7 @@ from rung.errors import UserError
 from rung.layout import Box
 from rung.models import ModelConfig, parameter_shapes
 from rung.recipes.config import NODES, Config, config_from
+from rung.recipes.folder import NO_STRUCTURE
 from rung.recipes.reshard import free_for
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def export_checkpoint(
     """
     UserError.raise_all(choice_problem("--dtype", dtype, EXPORT_DTYPES) if dtype is not None else [])
     max_shard_bytes = _num_bytes(max_shard_size)
+    if eos_id is not None and eos_id < 0:
+        raise UserError(f"--eos-id={eos_id} must be 0 or more")
     with Reader.open(source) as reader:
         manifest = reader.manifest
         config = config_from(manifest.config)
@@ -184,8 +187,14 @@ def import_huggingface(
     where = storage.where(step_name(0))
     return [
         f"wrote {where}: {size / 1e6:,.1f} MB of {dtype}, from {directory}",
-        f"train from it: rung train run.resume={where} model.…, with the settings of this model",
+        f"train from it: rung train run.resume={storage.address} {_settings(config.model)} and your data",
     ]
+
+
+def _settings(model: ModelConfig) -> str:
+    """The overrides that describe a model, whatever preset they are added to."""
+    settings = flatten({"model": nested(model)})
+    return " ".join(f"{key}={literal(value)}" for key, value in settings.items() if key not in NO_STRUCTURE)
 
 
 def _boxes(folder: HuggingFaceFolder, config: ModelConfig, dtype: torch.dtype) -> Iterator[BoxValues]:

@@ -27,7 +27,10 @@ def finish(config: Config, run: Training, outcome: Outcome) -> dict[str, str]:
         facts["weights"] = f"{folder / 'export'} (Hugging Face format)"
     if run.world.is_main:
         facts["metrics"] = str(folder / "metrics.jsonl")
-        facts["look closer"] = f"rung eval {folder}; rung sample {folder} --prompt TEXT"
+        if config.export.huggingface:
+            facts["look closer"] = f"rung eval {folder}; rung sample {folder} --prompt TEXT"
+        else:
+            facts["weights"] = f"none (export.huggingface=false): rung ckpt export {folder} DIR writes them"
         facts["picture"] = attempt(lambda: plot_run(folder, gzip_bits))
         if config.export.huggingface and run.source.tokenizer_path is not None:
             for prompt in config.export.sample_prompts:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +38,20 @@ class Claim:
         self._storage = self._opened()
         self.notes: list[str] = []
         """What is to be told: harmless changes against the run that the folder holds, and what is begun from."""
-        self.origin = self._origin()
-        """The checkpoint to go on from."""
+        try:
+            self.origin = self._origin()
+            """The checkpoint to go on from."""
+        except OSError as error:
+            raise UserError(f"run.resume={config.run.resume} cannot be opened: {error}") from error
         if self.origin is not None:
             self._compare_with_checkpoint(*self.origin.manifest())
-        elif self._holds_steps():
-            self._compare(self._folder / "resolved.yaml", self._resolved())
-            self.notes.append("this folder held a run; it starts over, and its metrics are replaced")
+        if self.origin is not None and self.origin.is_own:
+            return
+        if self._holds_steps():
+            old = self._resolved()
+            self._compare(self._folder / "resolved.yaml", old)
+            self._refuse_to_forget(old)
+            self.notes.append("this folder held a run; it starts over, and what it left is moved aside")
         elif not (self._folder / "resolved.yaml").exists():
             foreign = [name for name in OURS if (self._folder / name).exists()]
             if foreign:
@@ -56,15 +63,44 @@ class Claim:
     def commit(self) -> None:
         """The run begins: where it starts over, an earlier one's checkpoints are moved aside and its TensorBoard files
         go; ``resolved.yaml`` says what runs now."""
-        self._storage.clean()
-        if self.origin is None:
-            moved = self._storage.set_aside()
-            shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
-            if moved is not None:
-                self.notes.append(f"the checkpoints that were here are now in {moved}")
-        partial = self._folder / "resolved.yaml.partial"
-        partial.write_text(to_yaml(self._config))
-        os.replace(partial, self._folder / "resolved.yaml")
+        try:
+            self._storage.clean()
+            if self.origin is None or not self.origin.is_own:
+                self._move_aside()
+            partial = self._folder / "resolved.yaml.partial"
+            partial.write_text(to_yaml(self._config))
+            os.replace(partial, self._folder / "resolved.yaml")
+        except OSError as error:
+            raise UserError(f"run.dir={self._folder} cannot be prepared: {error}; nothing was deleted") from error
+
+    def _move_aside(self) -> None:
+        """What another run left in the folder goes to folders beside it."""
+        if (moved := self._storage.set_aside()) is not None:
+            self.notes.append(f"the checkpoints that were here are now in {moved}")
+        left = [name for name in OURS if (self._folder / name).exists()]
+        if left and self._holds_steps():
+            number = next(n for n in itertools.count(1) if not (self._folder / f"earlier-{n}").exists())
+            earlier = self._folder / f"earlier-{number}"
+            earlier.mkdir()
+            for name in left:
+                os.rename(self._folder / name, earlier / name)
+            self.notes.append(f"{', '.join(left)} of the earlier run are now in {earlier}")
+
+    def _refuse_to_forget(self, old: Any) -> None:
+        """Raise UserError where the run has checkpoints in another folder than the one that is given now."""
+        before = ((old or {}).get("checkpoint") or {}).get("dir")
+        now = self._config.checkpoint.dir
+        if before in (None, now) or self._config.run.resume != "auto":
+            return
+        try:
+            steps = open_storage(before).steps()
+        except (OSError, UserError):
+            return
+        if steps:
+            raise UserError(
+                f"checkpoint.dir={now} holds no checkpoint, but this run has some in {before} (newest: step {steps[-1]}"
+                f"); move them there, name them with run.resume={before}, or say run.resume=never to start over"
+            )
 
     def _opened(self) -> Storage:
         """The folder of checkpoints, without what dead writers left half done."""
@@ -73,7 +109,7 @@ class Claim:
             storage = open_storage(directory)
             if isinstance(storage, LocalStorage):
                 folder = Path(storage.address)
-                if not folder.is_relative_to(self._folder):
+                if folder != self._folder:
                     self._locks.append(_locked(folder, "checkpoint.dir"))
                 storage.clean()  # a checkpoint that was being replaced is one again
             steps = storage.steps()
@@ -95,27 +131,45 @@ class Claim:
         """run.resume, looked up."""
         resume, own = self._config.run.resume, self._storage
         steps = own.steps()
+        newest = Origin(own.address, tuple(reversed(steps)), fall_back=True, is_own=True) if steps else None
+        if resume == "never" and newest is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+            self.notes.append("run.resume=never counted when this job was started first; now it goes on")
+            return newest
         if resume == "never":
             return None
         if resume == "auto":
-            return Origin(own.address, tuple(reversed(steps)), fall_back=True) if steps else None
-        storage, step = locate(resume)
+            return newest
+        if newest is not None and self._began_with(resume, newest):
+            self.notes.append(f"run.resume={resume} was the beginning; this run goes on from its own checkpoints")
+            return newest
+        try:
+            storage, step = locate(resume)
+        except UserError as error:
+            raise UserError(f"run.resume={resume}: {error}") from error
         if storage.address == own.address and step is not None:
             if steps and step < steps[-1]:
                 raise UserError(
                     f"run.resume={resume} goes back to step {step}, but {own.address} has checkpoints up to step "
                     f"{steps[-1]}; move the later ones away, or choose another run.dir to branch off"
                 )
-            return Origin(own.address, (step,), fall_back=False)
-        if steps:
-            self.notes.append(f"run.resume={resume} was the beginning; this run goes on from its own checkpoints")
-            return Origin(own.address, tuple(reversed(steps)), fall_back=True)
+            return Origin(own.address, (step,), fall_back=False, is_own=True)
+        if newest is not None:
+            self.notes.append(f"run.resume={resume} is left alone: this run goes on from its own checkpoints")
+            return newest
         there = storage.steps()
         if step is None and not there:
             raise UserError(f"run.resume={resume} holds no checkpoint")
         chosen = there[-1] if step is None else step
         self.notes.append(f"this run begins from step {chosen} of {storage.address}")
-        return Origin(storage.address, (chosen,), fall_back=False)
+        return Origin(storage.address, (chosen,), fall_back=False, is_own=False)
+
+    def _began_with(self, resume: str, newest: Origin) -> bool:
+        """Whether what this run saved last was already begun with this run.resume: then the command is run again."""
+        try:
+            _, manifest = newest.manifest()
+        except CheckpointError:
+            return False
+        return (manifest.config.get("run") or {}).get("resume") == resume
 
     def _resolved(self) -> Any:
         import yaml
@@ -190,6 +244,8 @@ class Origin:
     steps: tuple[int, ...]
     fall_back: bool
     """Whether another may take the place of one that cannot be read."""
+    is_own: bool
+    """Whether they are the run's own, and not another's from which it begins."""
 
     def manifest(self) -> tuple[str, Manifest]:
         """Of the newest that can be opened: what to call it, and what it says."""

@@ -174,7 +174,8 @@ def weights_folder(path: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise UserError(
-        f"{path} holds no weights: neither {path / 'export'} nor a Hugging Face folder; has the run completed?"
+        f"{path} holds no weights: neither {path / 'export'} nor a Hugging Face folder. "
+        f"Only completed runs leave some; `rung ckpt export {path} {path / 'export'}` writes those of its checkpoint"
     )
 
 

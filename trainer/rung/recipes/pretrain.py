@@ -61,7 +61,11 @@ def pretrain_in(world: World, config: Config, layout: Layout) -> int:
             world.set_timeout(config.train.first_timeout_seconds)  # writing large weights takes its time
             run.checkpoints.finish(run.progress(outcome.step))
             monitor.saved(run.checkpoints)
-        facts = finish(config, run, outcome) if outcome.state == "completed" else {}
+        facts = {"checkpoint": f"step {outcome.step} in {config.checkpoint.dir}"}
+        if outcome.state == "completed":
+            facts |= finish(config, run, outcome)
+        else:
+            facts["go on"] = "run the same command again"
         monitor.finish(outcome.state, outcome.step, facts)
     return 0 if outcome.state == "completed" else STOPPED_AFTER_SAVING
 

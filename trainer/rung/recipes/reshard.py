@@ -102,6 +102,8 @@ def free_for(storage: Storage, step: int) -> None:
         )
     if os.path.lexists(storage.address) and not os.path.isdir(storage.address):
         raise UserError(f"{storage.address} is no folder; choose another destination")
+    if "resolved.yaml" in storage.names(""):
+        raise UserError(f"{storage.address} is a run's folder; choose another one for checkpoints")
     if step in storage.steps():
         raise UserError(f"{storage.address} already holds {step_name(step)}; choose another folder, or move it away")
 

@@ -60,8 +60,12 @@ def go_on(config: Config, run: Training, origin: Origin | None) -> None:
             run.monitor.message("!! falling back to the one before it")
             continue
         run.start = Progress(manifest.step, int(manifest.progress["consumed_samples"]))
-        run.monitor.message(f"going on after step {step} of {origin.address}")
-        run.monitor.start(step, manifest.progress)
+        if step >= config.train.steps:
+            more = "a larger train.steps goes on, run.resume=never starts over"
+            run.monitor.message(f"step {step} of train.steps={config.train.steps} is done: nothing to train ({more})")
+        else:
+            run.monitor.message(f"going on after step {step} of {origin.address}")
+        run.monitor.start(step, manifest.progress, keep_metrics=origin.is_own)
         return
     if origin is not None:
         raise CheckpointError(none_left(origin.address, problems))
@@ -113,7 +117,7 @@ def _check_data(config: Config, manifest: Manifest, found: Mapping[str, str | No
         for what, before in manifest.fingerprints.items()
         if before is not None and (now := found[what]) != before
     ]
-    if any(key == "data" or key.startswith("data.") for key in config.run.allow_changes):
+    if {"data", "data.*", "data.paths", "*"} & set(config.run.allow_changes):
         return
     UserError.raise_all(f"{line}; put it back, or say run.allow_changes=[data.*]" for line in changed)
 

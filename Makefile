@@ -12,6 +12,7 @@ PYTHON ?= python3
 EXPERIMENT ?= quickstart
 ARGS ?=
 PIP_ARGS ?=
+# No test is in a group: each goes to whoever is free next.
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 VENV := .venv

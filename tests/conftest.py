@@ -43,15 +43,6 @@ def workers() -> Iterator[Workers]:
     pool.close()
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What ``--dist loadgroup`` keeps in one process: of the tests that need ranks a folder, of the others a file."""
-    for item in items:
-        folder = item.path.parent.name
-        ranks = "workers" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group(f"{folder}/ranks" if ranks else f"{folder}/{item.path.stem}"))
-
-
 @pytest.fixture
 def tiny(corpus: Path, tmp_path: Path) -> list[str]:
     """Overrides of a run that takes a second."""

@@ -111,6 +111,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["train", "model=tiny", *sizes, *data, f"run.dir={run}"]) == 0
     for copy in ("runs/one", "runs/two", "runs/mine", "runs/other", "experiments/first"):
         shutil.copytree(run, folder / copy)
+    shutil.copytree(run / "export", folder / "weights/theirs")
     return folder
 
 

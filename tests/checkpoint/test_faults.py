@@ -690,3 +690,24 @@ def test_a_whole_run_is_killed_and_run_again(
     assert "going on after step" in output.read_text()
     assert fault_ranks.launch(world_size, fault_ranks.train, undisturbed, output=output) == [0] * world_size
     assert last_digest(here / "checkpoints") == last_digest(tmp_path / "undisturbed" / "checkpoints")
+
+
+def test_a_thread_that_writes_slowly_is_waited_for(
+    rung: Callable[..., Any], tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is given up wakes later, and commits as this step what the buffer holds by then."""
+    settings = ["checkpoint.interval=1", "checkpoint.async=false", "checkpoint.write_timeout_seconds=0.5"]
+    digests = {}
+    for name in ("quick", "slow"):
+        if name == "slow":
+            monkeypatch.setattr(faults, "_passed", {})
+            monkeypatch.setenv("RUNG_FAULT", "write.begin:0:1:2")
+        folder = tmp_path / name / "checkpoints"
+        run = [setting for setting in tiny if not setting.startswith("run.dir=")] + [f"run.dir={tmp_path / name}"]
+        assert rung("train", *run, *settings, "export.huggingface=false").status == 0
+        digests[name] = []
+        for step in (1, 2, 3):
+            with Reader(LocalStorage(str(folder)), step) as reader:
+                assert not list(reader.verify())
+                digests[name].append(reader.manifest.digest)
+    assert digests["slow"] == digests["quick"]

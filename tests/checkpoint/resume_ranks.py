@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from law.covering import Case
-from law.harness import Record, Recorder, RecordingOptimizer, UnevenLabels, overrides, perturbed
+from law.harness import Record, Recorder, RecordingOptimizer, UnevenLabels, overrides, perturb_norms
 
 from rung.checkpoint import Reader, open_storage
 from rung.data import open_data
-from rung.layout import clean_name, local_view
+from rung.layout import clean_name
 from rung.loop import train
 from rung.parallel import World
 from rung.recipes.config import load_config
@@ -57,12 +57,7 @@ def take_steps(case: Case, corpus: str, folder: str, first: int, last: int) -> t
     source = UnevenLabels(open_data(config.data, config.run.seed))
     run = assemble(config, layout, world, source, monitor)  # type: ignore[arg-type]
     if first == 1:
-        logical = run.model.logical_tensors()
-        for name, parameter in run.model.named_parameters():
-            if parameter.ndim == 1:
-                values = torch.from_numpy(perturbed(name, parameter.numel()))
-                for box, place, _ in logical[name].pieces():
-                    local_view(parameter).data[place] = values[box.slices()]
+        perturb_norms(run.model)
     go_on(config, run, Origin(folder, (first - 1,), fall_back=False, is_own=True) if first > 1 else None)
     copied = Path(folder, "copies")
     copies = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, dir=str(copied)))

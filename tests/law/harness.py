@@ -299,6 +299,18 @@ def perturbed(name: str, size: int) -> np.ndarray:
     return 1.0 + 0.3 * np.sin(np.arange(size) * 0.7 + len(name))
 
 
+def perturb_norms(model: Any) -> None:
+    """Give every vector of a spread model its ``perturbed`` values."""
+    from rung.layout import local_view
+
+    logical = model.logical_tensors()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            values = torch.from_numpy(perturbed(name, parameter.numel()))
+            for box, place, _ in logical[name].pieces():
+                local_view(parameter).data[place] = values[box.slices()]
+
+
 class UnevenLabels:
     """A data source whose labels are ignored by ``ignored``, so that micro-batches and ranks count differently."""
 
@@ -417,7 +429,6 @@ def run_case(case: Case, corpus: str, mutant: str | None = None, thorough: bool 
     from law.mutants import MUTANTS
 
     from rung.data import open_data
-    from rung.layout import local_view
     from rung.loop import train
     from rung.parallel import World
     from rung.recipes.pretrain import assemble
@@ -433,12 +444,7 @@ def run_case(case: Case, corpus: str, mutant: str | None = None, thorough: bool 
     with MUTANTS[mutant]() if mutant else contextlib.nullcontext(), compiler(case, everywhere=thorough):
         run = assemble(config, layout, world, UnevenLabels(open_data(config.data, config.run.seed)), recorder)
         recorder.record.initial = parameters_of(run.model, recorder.record.problems)
-        logical = run.model.logical_tensors()
-        for name, parameter in run.model.named_parameters():
-            if parameter.ndim == 1:
-                values = torch.from_numpy(perturbed(name, parameter.numel()))
-                for box, place, _ in logical[name].pieces():
-                    local_view(parameter).data[place] = values[box.slices()]
+        perturb_norms(run.model)
         run.optimizer = RecordingOptimizer(run.optimizer, run.parameters, recorder.record)
         train(run)
         recorder.record.final = parameters_of(run.model, recorder.record.problems)

@@ -13,6 +13,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import xxhash
 
 from rung.checkpoint.digest import Lanes, hex_digest
@@ -148,7 +149,7 @@ class Manifest:
             "config": self.config,
             "fingerprints": self.fingerprints,
             "versions": self.versions,
-            "files": {name: {"size": file.size, "blocks": file.blocks} for name, file in sorted(self.files.items())},
+            "files": _files_json(self.files),
             "tensors": {name: _tensor_json(tensor) for name, tensor in sorted(self.tensors.items())},
         }
         text = _dump(body)
@@ -174,9 +175,7 @@ class Manifest:
                 fingerprints=body["fingerprints"],
                 versions=body["versions"],
                 tensors={name: _tensor(name, entry) for name, entry in body["tensors"].items()},
-                files={
-                    name: StoredFile(entry["size"], tuple(entry["blocks"])) for name, entry in body["files"].items()
-                },
+                files=_files(body["files"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{where} is no manifest of schema {version}: {error!r}") from error
@@ -210,7 +209,7 @@ class Part:
     def to_json(self) -> bytes:
         """The content of ``part-*.json``."""
         body = {
-            "files": {name: {"size": file.size, "blocks": file.blocks} for name, file in self.files.items()},
+            "files": _files_json(self.files),
             "tensors": {
                 name: {
                     "shape": tensor.shape,
@@ -228,7 +227,7 @@ class Part:
         """Read what ``to_json`` wrote."""
         body = json.loads(data)
         return cls(
-            {name: StoredFile(entry["size"], tuple(entry["blocks"])) for name, entry in body["files"].items()},
+            _files(body["files"]),
             {
                 name: PartTensor(
                     tuple(entry["shape"]),
@@ -317,8 +316,6 @@ def _overlap(boxes: Sequence[Box]) -> bool:
     dims = range(len(boxes[0].offsets))
     cuts = [sorted({box.offsets[d] for box in boxes} | {end[d] for end in ends}) for d in dims]
     places = [{cut: index for index, cut in enumerate(line)} for line in cuts]
-    import numpy as np
-
     covered = np.zeros([len(line) for line in cuts], np.int8)
     for box, end in zip(boxes, ends, strict=True):
         cell = tuple(slice(places[d][box.offsets[d]], places[d][end[d]]) for d in dims)
@@ -357,6 +354,14 @@ def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
 def _tensor(name: str, entry: Mapping[str, Any]) -> StoredTensor:
     shape = tuple(entry["shape"])
     return StoredTensor(name, shape, entry["dtype"], entry["digest"], _boxes(entry["boxes"], len(shape)))
+
+
+def _files_json(files: Mapping[str, StoredFile]) -> dict[str, Any]:
+    return {name: {"size": file.size, "blocks": file.blocks} for name, file in sorted(files.items())}
+
+
+def _files(entries: Mapping[str, Any]) -> dict[str, StoredFile]:
+    return {name: StoredFile(entry["size"], tuple(entry["blocks"])) for name, entry in entries.items()}
 
 
 def _boxes_json(boxes: Iterable[StoredBox]) -> list[list[Any]]:

@@ -41,7 +41,7 @@ from rung.optim import StateTensor
 if TYPE_CHECKING:
     from rung.parallel import World
 
-__all__ = ["Checkpointer", "Report", "plan_of"]
+__all__ = ["Checkpointer", "Report", "plan_of", "versions"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Checkpointer:
         saving, because it was just loaded or nothing has been done. Collective."""
         self._config, self._world = config, world
         self._plan, self._sources = plan_of(tensors)
-        self._head = Head({}, run_config, fingerprints, _versions(), config.keep)
+        self._head = Head({}, run_config, fingerprints, versions(), config.keep)
         self._token, self._attempts = world.on_main(lambda: secrets.token_hex(4)), 0
         self._whole: Tensor | None = None
         self._memory: mmap.mmap | None = None
@@ -213,8 +213,7 @@ class Checkpointer:
         if self._flush is not None:
             self._flush.close()
             self._flush = None
-        if job.head is None:
-            give_up(open_storage(self._config.dir), job, text)
+        give_up(open_storage(self._config.dir), job, text)
         return Outcome(job.step, text, 0, 0.0)
 
     def _note(self, outcome: Outcome) -> None:
@@ -331,7 +330,7 @@ def _page_unlock(memory: Tensor) -> None:
     runtime.cudaHostUnregister(memory.data_ptr())
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """What wrote a checkpoint."""
     from rung import __version__
 

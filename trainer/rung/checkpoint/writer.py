@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from typing import Any, NamedTuple, Protocol
 
 from rung.checkpoint import faults
@@ -172,26 +172,28 @@ def carry_out(storage: Storage, plan: Plan, buffer: memoryview, job: Job, *, hur
             num_bytes = commit(storage, job, job.head)
     except Exception as error:
         text = _one_line(error)
-        if job.head is not None:
-            with contextlib.suppress(Exception):
-                storage.discard(job.step, job.token)
-        else:
-            give_up(storage, job, text)
+        give_up(storage, job, text)
         return Outcome(job.step, text, 0, time.monotonic() - begun)
     return Outcome(job.step, None, num_bytes, time.monotonic() - begun)
 
 
 def give_up(storage: Storage, job: Job, text: str) -> None:
-    """Tell rank 0's writer not to wait for this part. One that was announced stays: it may be committed meanwhile."""
-    folder, path = (storage.attempt_path(job.step, job.token, name) for name in ("", f"part-{job.rank:05d}.failed"))
+    """End a job that failed: rank 0 discards the attempt, others tell rank 0's writer not to wait for their part.
+
+    A part that was announced stays: it may be committed meanwhile. Never raises.
+    """
+    failed = _place(storage, job, f"part-{job.rank:05d}.failed")
     with contextlib.suppress(Exception):
-        if f"part-{job.rank:05d}.json" in storage.names(folder):
+        if job.head is not None:
+            storage.discard(job.step, job.token)
+            return
+        if _part_name(job.rank) in storage.names(_place(storage, job)):
             return
         try:
-            storage.write(path, text.encode())
+            storage.write(failed, text.encode())
         except OSError:  # the disk may be full of what was written of it
-            storage.remove(storage.attempt_path(job.step, job.token, _data_name(job.rank)))
-            storage.write(path, text.encode())
+            storage.remove(_place(storage, job, _data_name(job.rank)))
+            storage.write(failed, text.encode())
 
 
 def write_part(storage: Storage, plan: Plan, buffer: memoryview, job: Job, *, hurry: bool) -> None:
@@ -202,7 +204,7 @@ def write_part(storage: Storage, plan: Plan, buffer: memoryview, job: Job, *, hu
     blocks = []
     with ThreadPoolExecutor(1, thread_name_prefix="rung-digest") as beside:
         digested = beside.submit(digest) if hurry else None
-        with storage.open_write(storage.attempt_path(job.step, job.token, _data_name(job.rank))) as file:
+        with storage.open_write(_place(storage, job, _data_name(job.rank))) as file:
             for start in range(0, plan.size, BLOCK_BYTES):
                 block = buffer[start : min(start + BLOCK_BYTES, plan.size)]
                 blocks.append(block_digest(block))
@@ -212,7 +214,7 @@ def write_part(storage: Storage, plan: Plan, buffer: memoryview, job: Job, *, hu
         faults.reach("write.before_part", job.rank)
         tensors = digest() if digested is None else digested.result()
     part = Part({name: StoredFile(plan.size, tuple(blocks))}, tensors)
-    storage.write(storage.attempt_path(job.step, job.token, f"part-{job.rank:05d}.json"), part.to_json())
+    storage.write(_place(storage, job, _part_name(job.rank)), part.to_json())
     faults.reach("write.part", job.rank)
 
 
@@ -257,7 +259,7 @@ def write_alone(storage: Storage, boxes: Iterable[BoxValues], head: Head) -> int
     name = storage.file_name(job.token, _data_name(job.rank))
     tensors: dict[str, PartTensor] = {}
     try:
-        with storage.open_write(storage.attempt_path(job.step, job.token, _data_name(job.rank))) as raw:
+        with storage.open_write(_place(storage, job, _data_name(job.rank))) as raw:
             file = _BlockFile(raw)
             for box in boxes:
                 if not box.box.numel:
@@ -268,7 +270,7 @@ def write_alone(storage: Storage, boxes: Iterable[BoxValues], head: Head) -> int
                 file.write(values)
                 _add_box(tensors, planned, values, name)
             part = Part({name: file.finish()}, tensors)
-        storage.write(storage.attempt_path(job.step, job.token, f"part-{job.rank:05d}.json"), part.to_json())
+        storage.write(_place(storage, job, _part_name(job.rank)), part.to_json())
         return commit(storage, job, head)
     except BaseException:
         with contextlib.suppress(Exception):
@@ -319,7 +321,7 @@ def commit(storage: Storage, job: Job, head: Head) -> int:
         parts, progress=head.progress, config=head.config, fingerprints=head.fingerprints, versions=head.versions
     )
     for name, file in manifest.files.items():
-        path = storage.attempt_path(job.step, job.token, name.rpartition("/")[2])
+        path = _place(storage, job, name.rpartition("/")[2])
         if (size := storage.size(path)) != file.size:
             raise CheckpointError(f"{storage.where(path)} has {size} of {file.size} bytes: somebody else was at it")
     faults.reach("commit.merged", job.rank)
@@ -342,20 +344,17 @@ def retire_old(storage: Storage, newest: int, keep: int) -> None:
 
 
 def _all_parts(storage: Storage, job: Job) -> list[Part]:
-    folder = storage.attempt_path(job.step, job.token)
-    wanted = {f"part-{rank:05d}.json": rank for rank in range(job.num_writers)}
+    folder = _place(storage, job)
+    wanted = {_part_name(rank): rank for rank in range(job.num_writers)}
     deadline, wait = time.monotonic() + job.timeout_seconds, _FIRST_WAIT
     while True:
         there = set(storage.names(folder))
         if failed := sorted(name for name in there if name.endswith(".failed")):
-            texts = [
-                f"rank {int(name[5:10])}: {storage.read(storage.attempt_path(job.step, job.token, name)).decode()}"
-                for name in failed
-            ]
+            texts = [f"rank {int(name[5:10])}: {storage.read(_place(storage, job, name)).decode()}" for name in failed]
             raise CheckpointError("; ".join(texts))
         missing = [rank for name, rank in wanted.items() if name not in there]
         if not missing:
-            return [Part.from_json(storage.read(storage.attempt_path(job.step, job.token, name))) for name in wanted]
+            return [Part.from_json(storage.read(_place(storage, job, name))) for name in wanted]
         if time.monotonic() > deadline:
             raise CheckpointError(
                 f"nothing came from the writers of ranks {missing} for {job.timeout_seconds:g} s "
@@ -365,8 +364,17 @@ def _all_parts(storage: Storage, job: Job) -> list[Part]:
         wait = min(wait * 1.5, _LONGEST_WAIT)
 
 
+def _place(storage: Storage, job: Job, name: str = "") -> str:
+    """Where a file of the job's attempt lies; without a name the folder."""
+    return storage.attempt_path(job.step, job.token, name)
+
+
 def _data_name(rank: int) -> str:
     return f"data-{rank:05d}.bin"
+
+
+def _part_name(rank: int) -> str:
+    return f"part-{rank:05d}.json"
 
 
 def _one_line(error: Exception) -> str:
@@ -385,9 +393,10 @@ class FlushThread:
 
     def submit(self, job: Job) -> None:
         """See ``Flush``."""
-        outcome = functools.partial(carry_out, self._storage, self._plan, self._buffer, job, hurry=True)
-        run = lambda: self._outcomes.put(outcome())  # noqa: E731
-        threading.Thread(target=run, name="rung-checkpoint", daemon=True).start()
+        threading.Thread(target=self._run, args=(job,), name="rung-checkpoint", daemon=True).start()
+
+    def _run(self, job: Job) -> None:
+        self._outcomes.put(carry_out(self._storage, self._plan, self._buffer, job, hurry=True))
 
     def poll(self) -> Outcome | None:
         """See ``Flush``."""
@@ -408,7 +417,7 @@ class FlushProcess:
     def __init__(self, address: str, plan: Plan, descriptor: int) -> None:
         self._address = address
         self._job: Job | None = None
-        ours, theirs = _pipe()
+        ours, theirs = Pipe()
         arguments = [str(theirs.fileno()), str(descriptor), str(os.getpid())]
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from rung.checkpoint.writer import main; main()", *arguments],
@@ -444,12 +453,7 @@ class FlushProcess:
         except subprocess.TimeoutExpired:
             status = "unknown"
         text = f"the process that writes the checkpoint ended with status {status}"
-        storage = open_storage(self._address)
-        if job.head is not None:
-            with contextlib.suppress(Exception):
-                storage.discard(job.step, job.token)
-        else:
-            give_up(storage, job, text)
+        give_up(open_storage(self._address), job, text)
         return Outcome(job.step, text, 0, 0.0)
 
     @property
@@ -469,16 +473,9 @@ class FlushProcess:
             self._process.wait(timeout=1)
             return
         self._process.kill()
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # it may be stuck in the kernel, and dies when it leaves that
+        # It may be stuck in the kernel, and dies when it leaves that.
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
-
-
-def _pipe() -> tuple[Connection, Connection]:
-    import multiprocessing
-
-    return multiprocessing.Pipe()
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rung import __version__
 from rung.checkpoint import CheckpointError, HuggingFaceFolder, Manifest, Reader, export_huggingface, open_storage
+from rung.checkpoint.save import versions
 from rung.checkpoint.storage import step_name
 from rung.checkpoint.writer import BoxValues, Head, write_alone
 from rung.config import choice_problem, compose, flatten, literal, nested
@@ -180,7 +180,7 @@ def import_huggingface(
         progress={"step": 0, "consumed_samples": 0},
         config=nested(config),
         fingerprints={"corpus": None, "tokenizer": _sha256(tokenizer) if tokenizer.is_file() else None},
-        versions={"rung": __version__, "torch": torch.__version__},
+        versions=versions(),
         keep=0,
     )
     size = write_alone(storage, _boxes(folder, config.model, getattr(torch, dtype)), head)

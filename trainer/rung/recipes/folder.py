@@ -156,10 +156,7 @@ class Claim:
         if newest is not None:
             self.notes.append(f"run.resume={resume} is left alone: this run goes on from its own checkpoints")
             return newest
-        there = storage.steps()
-        if step is None and not there:
-            raise UserError(f"run.resume={resume} holds no checkpoint")
-        chosen = there[-1] if step is None else step
+        chosen = storage.steps()[-1] if step is None else step  # locate has found some
         self.notes.append(f"this run begins from step {chosen} of {storage.address}")
         return Origin(storage.address, (chosen,), fall_back=False, is_own=False)
 

@@ -43,9 +43,11 @@ def go_on(config: Config, run: Training, origin: Origin | None) -> None:
 
     Collective. Raises CheckpointError where none can be read: a run that has checkpoints never starts over unasked.
     """
+    if origin is None:
+        run.monitor.start(0, {})
+        return
     problems: list[str] = []
-    for step in origin.steps if origin is not None else ():
-        assert origin is not None
+    for step in origin.steps:
         try:
             manifest = _load(config, run, origin.address, step)
         except NewerCheckpointError:
@@ -67,9 +69,7 @@ def go_on(config: Config, run: Training, origin: Origin | None) -> None:
             run.monitor.message(f"going on after step {step} of {origin.address}")
         run.monitor.start(step, manifest.progress, keep_metrics=origin.is_own)
         return
-    if origin is not None:
-        raise CheckpointError(none_left(origin.address, problems))
-    run.monitor.start(0, {})
+    raise CheckpointError(none_left(origin.address, problems))
 
 
 def _load(config: Config, run: Training, address: str, step: int) -> Manifest:

@@ -7,6 +7,7 @@ from live_bytes import LiveBytes
 
 import rung_kernels
 from rung_kernels import reference
+from rung_kernels.reference import rows
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -71,7 +72,7 @@ def test_attention(kv_heads, seen):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(reference._CHUNK_ELEMENTS, "cpu", 4 * 64)  # four rows of the tests' vocabulary
+    monkeypatch.setitem(rows.CHUNK_ELEMENTS, "cpu", 4 * 64)  # four rows of the tests' vocabulary
 
 
 @pytest.mark.parametrize("num_rows", [1, 4, 11])
@@ -99,12 +100,12 @@ def test_cross_entropy_of_narrow_logits_is_computed_in_float32():
 
 
 def test_cross_entropy_never_holds_the_logits_in_float32(monkeypatch):
-    rows, vocab_size, chunk_rows = 256, 512, 4
-    monkeypatch.setitem(reference._CHUNK_ELEMENTS, "cpu", chunk_rows * vocab_size)
-    logits = torch.randn(rows, vocab_size).bfloat16().requires_grad_()
-    labels = torch.randint(vocab_size, (rows,))
+    num_rows, vocab_size, chunk_rows = 256, 512, 4
+    monkeypatch.setitem(rows.CHUNK_ELEMENTS, "cpu", chunk_rows * vocab_size)
+    logits = torch.randn(num_rows, vocab_size).bfloat16().requires_grad_()
+    labels = torch.randint(vocab_size, (num_rows,))
     with LiveBytes() as live:
         rung_kernels.cross_entropy(logits, labels).sum().backward()
-    chunk, per_row = 4 * chunk_rows * vocab_size, 4 * rows
+    chunk, per_row = 4 * chunk_rows * vocab_size, 4 * num_rows
     assert chunk <= live.peak[torch.float32] <= 3 * chunk + 6 * per_row  # all of them would be 64 chunks
-    assert live.peak[torch.bfloat16] <= 2 * (2 * rows * vocab_size)  # the logits, seen by slices, and their gradient
+    assert live.peak[torch.bfloat16] <= 2 * (2 * num_rows * vocab_size)  # logits, by slices, and gradient

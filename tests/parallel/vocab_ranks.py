@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rung_kernels import reference
+from rung_kernels.reference import rows
 
 IGNORED = -100
 ROWS = 23
@@ -88,12 +89,12 @@ def check_chunks(group: ProcessGroup) -> None:
     found = []
     torch.set_num_threads(4)
     for elements in (1, 4 * sizes[0], 2**40):
-        reference._CHUNK_ELEMENTS["cpu"] = elements
+        rows.CHUNK_ELEMENTS["cpu"] = elements
         found.append(spread(logits[:6], labels[:6], outer[:6], sizes, group)[:2])
     torch.set_num_threads(1)
     for losses, gradient in found[1:]:
         assert torch.equal(losses, found[0][0]) and torch.equal(gradient, found[0][1])
-    reference._CHUNK_ELEMENTS["cpu"] = 4 * 64
+    rows.CHUNK_ELEMENTS["cpu"] = 4 * 64
 
 
 def check_extremes(sizes: list[int], group: ProcessGroup) -> None:
@@ -140,7 +141,7 @@ def check_messages_and_memory(sizes: list[int], group: ProcessGroup) -> None:
         assert messages.sent[0][1] == 3 * ROWS * losses.element_size()
 
     rows, vocab_size, chunk_rows, size = 256, 512, 4, len(sizes)
-    reference._CHUNK_ELEMENTS["cpu"] = chunk_rows * vocab_size
+    rows.CHUNK_ELEMENTS["cpu"] = chunk_rows * vocab_size
     leaf = torch.randn(rows, vocab_size).bfloat16().requires_grad_()
     first = distributed.get_rank(group) * vocab_size
     labels = torch.arange(rows) * size * vocab_size // rows
@@ -149,7 +150,7 @@ def check_messages_and_memory(sizes: list[int], group: ProcessGroup) -> None:
     chunk, per_row = 4 * chunk_rows * vocab_size, 4 * rows
     assert chunk <= live.peak[torch.float32] <= 3 * chunk + (6 * size + 6) * per_row  # all logits would be 64 chunks
     assert live.peak[torch.bfloat16] <= 2 * (2 * rows * vocab_size)  # the logits, seen by slices, and their gradient
-    reference._CHUNK_ELEMENTS["cpu"] = 4 * 64
+    rows.CHUNK_ELEMENTS["cpu"] = 4 * 64
 
 
 def check_everything() -> None:
@@ -159,7 +160,7 @@ def check_everything() -> None:
         group = distributed.new_group(list(range(size)))
         if distributed.get_rank() >= size:
             continue
-        with mock.patch.dict(reference._CHUNK_ELEMENTS, cpu=4 * 64):
+        with mock.patch.dict(rows.CHUNK_ELEMENTS, cpu=4 * 64):
             for sizes in cases:
                 check_parity(sizes, group)
             check_extremes(cases[0], group)

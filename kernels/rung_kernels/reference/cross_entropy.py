@@ -1,7 +1,6 @@
-"""Plain torch references: the maths each kernel is held against, and what runs where no kernel exists.
+"""Cross-entropy of logits, whole or spread over ranks.
 
-Legend: B batch, T tokens, D features, H heads, K key/value heads, E head size, N rows (tokens), V vocabulary, C rows of
-one chunk. "fp32" means promote(dtype, float32).
+Legend: N rows (tokens), V vocabulary, C rows of one chunk, R ranks. "fp32" means promote(dtype, float32).
 """
 
 from __future__ import annotations
@@ -10,79 +9,14 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from rung_kernels.reference.rows import row_chunks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["attention", "cross_entropy", "rms_norm", "rope", "swiglu"]
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32, rounded once to x's dtype.
-
-    x [..., D], weight [D] -> [..., D]. Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
-    """
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
-
-
-def _rotate(x_BTHE: Tensor, cos_BT1E: Tensor, sin_BT1E: Tensor) -> Tensor:
-    first, second = x_BTHE.chunk(2, dim=-1)
-    turned = x_BTHE * cos_BT1E + torch.cat((-second, first), dim=-1) * sin_BT1E
-    return turned.to(x_BTHE.dtype)
-
-
-def rope(q_BTHE: Tensor, k_BTKE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn the feature pairs (e, e + E/2) of every head by the angle of its position.
-
-    cos_BTE and sin_BTE hold E/2 angles twice, batch 1 allowed; in float32 for narrower q and k, so that the product is
-    rounded once. Su et al. 2021, "RoFormer", equation 34, with Hugging Face's pairing of halves.
-    """
-    cos_BT1E, sin_BT1E = cos_BTE.unsqueeze(-2), sin_BTE.unsqueeze(-2)
-    return _rotate(q_BTHE, cos_BT1E, sin_BT1E), _rotate(k_BTKE, cos_BT1E, sin_BT1E)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, element by element. Shazeer 2020, "GLU Variants Improve Transformer", equation 6."""
-    return F.silu(gate) * up
-
-
-def attention(
-    q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Tensor | None = None, causal: bool = True
-) -> Tensor:
-    """softmax(q kᵀ / sqrt(E)) v per head -> [B, T, H, E]; H is a multiple of K, and query head h reads head h // (H/K).
-
-    mask: bool, broadcastable to [B, 1, T, T], True where the query (row) sees the key (column); it replaces ``causal``.
-    Every query must see a key. Without a mask, ``causal`` lets token t see tokens 0..t.
-    """
-    q_BHTE, k_BKTE, v_BKTE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
-    if q_BTHE.dtype == torch.float64 and torch.compiler.is_compiling():
-        # torch 2.11 tells inductor that the CPU's log-sum-exp is float32 here too, and the backward pass fails.
-        return _attention_by_definition(q_BHTE, k_BKTE, v_BKTE, mask, causal).transpose(1, 2)
-    grouped = q_BTHE.shape[2] != k_BTKE.shape[2]
-    out_BHTE = F.scaled_dot_product_attention(
-        q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
-    )
-    return out_BHTE.transpose(1, 2)
-
-
-def _attention_by_definition(
-    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tensor | None, causal: bool
-) -> Tensor:
-    """The formula itself, scores and all: memory grows with T²."""
-    groups = q_BHTE.shape[1] // k_BKTE.shape[1]
-    k_BHTE, v_BHTE = k_BKTE.repeat_interleave(groups, dim=1), v_BKTE.repeat_interleave(groups, dim=1)
-    scores_BHTT = q_BHTE @ k_BHTE.mT / math.sqrt(q_BHTE.shape[-1])
-    if mask is None and causal:
-        mask = torch.ones(scores_BHTT.shape[-2:], dtype=torch.bool, device=q_BHTE.device).tril()
-    if mask is not None:
-        scores_BHTT = scores_BHTT.masked_fill(~mask, -math.inf)
-    return scores_BHTT.softmax(dim=-1) @ v_BHTE
-
-
-_CHUNK_ELEMENTS = {"cpu": 2**21}  # about the last-level cache
-_CHUNK_ELEMENTS_ELSEWHERE = 2**25  # 128 MiB of float32: few launches, little memory
+__all__ = ["cross_entropy"]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -94,7 +28,7 @@ class _CrossEntropy(torch.autograd.Function):
         kept_N = labels_N != ignore_index
         column_N1 = labels_N.masked_fill(~kept_N, 0).unsqueeze(1)
         losses_N = logits_NV.new_empty(logits_NV.shape[0], dtype=fp32)
-        for rows in _chunks(logits_NV):
+        for rows in row_chunks(logits_NV):
             log_probs_CV = torch.log_softmax(logits_NV[rows], dim=-1, dtype=fp32)
             torch.neg(log_probs_CV.gather(1, column_N1[rows]).squeeze(1), out=losses_N[rows])
         ctx.save_for_backward(logits_NV, column_N1, kept_N)
@@ -106,21 +40,13 @@ class _CrossEntropy(torch.autograd.Function):
         grad_N1 = grad_N.masked_fill(~kept_N, 0.0).unsqueeze(1)
         grad_logits_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         in_place = logits_NV.dtype == grad_N.dtype
-        for rows in _chunks(logits_NV):
+        for rows in row_chunks(logits_NV):
             out_CV = grad_logits_NV[rows] if in_place else None
             probs_CV = torch.softmax(logits_NV[rows], dim=-1, dtype=grad_N.dtype, out=out_CV)
             probs_CV.mul_(grad_N1[rows]).scatter_add_(1, column_N1[rows], -grad_N1[rows])
             if not in_place:
                 grad_logits_NV[rows] = probs_CV
         return grad_logits_NV, None, None
-
-
-def _chunks(logits_NV: Tensor) -> list[slice]:
-    """Slices of rows; the answer does not depend on their size, because every row stands alone."""
-    elements = _CHUNK_ELEMENTS.get(logits_NV.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-    num_rows, num_columns = logits_NV.shape
-    step = max(1, elements // max(1, num_columns))
-    return [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
 
 
 class _SpreadCrossEntropy(torch.autograd.Function):
@@ -158,7 +84,7 @@ class _SpreadCrossEntropy(torch.autograd.Function):
         if not logits_NV.numel():
             return grad_logits_NV, None, None, None, None
         in_place = logits_NV.dtype == grad_N.dtype
-        for rows in _chunks(logits_NV):
+        for rows in row_chunks(logits_NV):
             # Not relative to max + log_sum, whose rounding grows with the logits.
             probs_CV = torch.sub(logits_NV[rows], max_N1[rows], out=grad_logits_NV[rows] if in_place else None)
             probs_CV.sub_(log_sum_N1[rows]).exp_().mul_(grad_N1[rows])
@@ -178,7 +104,7 @@ def _row_facts(logits_NV: Tensor, column_N1: Tensor, here_N: Tensor) -> Tensor:
     if not logits_NV.shape[1]:
         return facts_3N
     max_N, log_sum_N, label_N = facts_3N
-    for rows in _chunks(logits_NV):
+    for rows in row_chunks(logits_NV):
         max_N[rows] = logits_NV[rows].amax(1)
         # The log-probability of the largest logit is minus the log of the sum. Softmax treats each row by itself, where
         # a plain sum may be made in another order when there are fewer rows.

@@ -6,23 +6,37 @@ Dimensions in names: B batch, T tokens, H heads, K key/value heads, E head size,
 """
 
 from rung_kernels import reference
-from rung_kernels.block_attention import merge_lse
+from rung_kernels.attention import attention, attention_engine
+from rung_kernels.cross_entropy import cross_entropy
 from rung_kernels.dispatch import backend, set_backend, use_backend
+from rung_kernels.grouped_mm import grouped_mm
+from rung_kernels.linear_cross_entropy import linear_cross_entropy
+from rung_kernels.merge_lse import merge_lse
 from rung_kernels.norm import add_rms_norm, rms_norm
-from rung_kernels.reference import adamw_step, attention, cross_entropy, rope, spam_step, swiglu
+from rung_kernels.optimizer import adamw_step, spam_step
+from rung_kernels.permute import permute, unpermute
+from rung_kernels.rope import rope
+from rung_kernels.router import router
+from rung_kernels.swiglu import swiglu
 
 __all__ = [
     "adamw_step",
     "add_rms_norm",
     "attention",
+    "attention_engine",
     "backend",
     "cross_entropy",
+    "grouped_mm",
+    "linear_cross_entropy",
     "merge_lse",
+    "permute",
     "reference",
     "rms_norm",
     "rope",
+    "router",
     "set_backend",
     "spam_step",
     "swiglu",
+    "unpermute",
     "use_backend",
 ]

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rung_kernels.merge_lse import merge_lse
+
 __all__ = ["attention_backward", "attention_forward", "merge_lse"]
 
 _aten: Any = torch.ops.aten
@@ -108,19 +110,6 @@ def attention_backward(
         grads = _formula_backward(grad, q, k, v, out, lse, mask, causal)
     dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
     return dq, dk, dv
-
-
-def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each -> (out [..., E], lse [...]), both in fp32.
-
-    out_a, out_b: [..., E]; lse_a, lse_b: [...] log-sum-exp of their scores, -inf where a query saw no key of the set.
-    Rounding to a narrower dtype is left to the caller, once, after the last merge.
-    """
-    fp32 = torch.promote_types(_fp32(out_a), lse_a.dtype)
-    lse = torch.logaddexp(lse_a.to(fp32), lse_b.to(fp32))
-    base = lse.masked_fill(lse == -math.inf, 0.0)  # -inf - -inf is NaN
-    weight_a, weight_b = torch.exp(lse_a - base).unsqueeze(-1), torch.exp(lse_b - base).unsqueeze(-1)
-    return out_a * weight_a + out_b * weight_b, lse
 
 
 def _fp32(x: Tensor) -> torch.dtype:

@@ -10,7 +10,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "MEASURED_FASTER", "backend", "set_backend", "use_backend", "uses_triton"]
+__all__ = [
+    "BACKENDS",
+    "HAS_TRITON",
+    "IS_INTERPRETED",
+    "MEASURED_FASTER",
+    "backend",
+    "set_backend",
+    "use_backend",
+    "uses_triton",
+]
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -21,8 +30,8 @@ with a result in benchmarks/results; none was measured yet."""
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _backend = "auto"
 # Constants, which torch.compile reads through. Triton decides once, too, when a kernel is defined.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def backend() -> str:
@@ -40,7 +49,7 @@ def set_backend(name: str) -> None:
     global _backend
     if name not in BACKENDS:
         raise ValueError(f"kernels={name!r} is none of {', '.join(BACKENDS)}")
-    if name == "triton" and not _HAS_TRITON:
+    if name == "triton" and not HAS_TRITON:
         raise ValueError("kernels='triton' needs the package triton; install it, or choose 'auto' or 'torch'")
     _backend = name
 
@@ -58,7 +67,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def uses_triton(op: str, *tensors: Tensor | None) -> bool:
     """Whether ``op`` on these floating-point tensors (None: not given) is to run its kernel."""
-    if _backend == "torch" or not _HAS_TRITON:
+    if _backend == "torch" or not HAS_TRITON:
         return False
     for tensor in tensors:
         if tensor is None:
@@ -68,6 +77,6 @@ def uses_triton(op: str, *tensors: Tensor | None) -> bool:
         if tensor.device.type == "cuda":
             if _backend == "auto" and op not in MEASURED_FASTER:
                 return False
-        elif tensor.device.type != "cpu" or not _IS_INTERPRETED:
+        elif tensor.device.type != "cpu" or not IS_INTERPRETED:
             return False
     return True

@@ -54,6 +54,7 @@ def follow(cases: list[Case], corpus: Path, folder: Path, workers: Workers) -> t
         whole.norms += part.norms
         whole.samples += part.samples
         whole.gradients += part.gradients
+        whole.events += part.events
         loaded.append(before)
         saved.append(after)
     return whole, loaded, saved
@@ -103,7 +104,22 @@ def test_on_an_object_store(rung: Callable[..., Any], tiny: list[str], s3_folder
     assert open_storage(s3_folder).steps() == [2, 3]
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("optim", ["spam", "stable_spam"])
+def test_moments_of_subsets_and_averages_go_along(optim: str, corpus: Path, workers: Workers, tmp_path: Path) -> None:
+    base = NEUTRAL | {"optim": optim, "fused_qkv": True, "micro_batch_size": 1}
+    cases = [
+        base | {"dp_shard": 3, "accumulation": 4},
+        base | {"tensor": "4", "kv_heads": 12, "accumulation": 12},
+        base | {"pipeline": "1f1b-2", "dp_shard": 2, "accumulation": 6},
+    ]
+    record, loaded, saved = follow(cases, corpus, tmp_path, workers)
+    assert loaded[1:] == saved[:-1]
+    truth = one_process(base | {"accumulation": 12}, str(corpus))
+    compare_steps(record, truth, TOLERANCE, STEPS)
+    assert record.events == truth.events
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon", "spam", "stable_spam"])
 def test_the_same_layout_goes_on_bit_for_bit(optim: str, corpus: Path, workers: Workers, tmp_path: Path) -> None:
     case = NEUTRAL | {"dp_shard": 2, "micro_batch_size": 1, "dropout": 0.25, "optim": optim, "tied": True}
 

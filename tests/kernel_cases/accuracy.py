@@ -15,7 +15,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     """Float64, the same on every machine."""
-    return scale * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return scale * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:

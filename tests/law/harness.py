@@ -90,11 +90,23 @@ FACTORS: dict[str, list[Any]] = {
     "fused_qkv": [False, True],
     "qk_norm": [False, True],
     "window": [None, 5],
-    "optim": ["adamw", "muon"],
+    "optim": ["adamw", "muon", "spam", "stable_spam"],
     "reshard": [None, True, False],
     "defer_sync": [False, True],
     "clip": [0.0, 0.5, 1000.0],
 }
+OPTIMIZERS: dict[str, list[str]] = {
+    "spam": [
+        "optim.betas=[0.9,0.95]",
+        "optim.spike_threshold=20.0",  # β2·v after one step is g²/20: what grew is a spike
+        "optim.reset_interval=2",
+        "optim.warmup_steps=2",
+        "optim.grace_steps=1",
+        "optim.density=0.5",
+    ],
+    "stable_spam": ["optim.betas=[0.9,0.95]", "optim.gamma3=0.5", "optim.reset_interval=2", "optim.total_steps=2"],
+}
+"""Settings with which three steps are enough to clip, to reset and to rise again."""
 NEUTRAL: Case = {
     "dp_shard": 1,
     "dp_replicate": 1,
@@ -205,6 +217,7 @@ def overrides(case: Case, corpus: str) -> list[str]:
         f"model.qk_norm={_word(case['qk_norm'])}",
         f"model.sliding_window={_word(case['window'])}",
         f"optim={case['optim']}",
+        *OPTIMIZERS.get(case["optim"], ()),
         "optim.lr=0.01",
         "optim.weight_decay=0.1",
         "schedule=linear",
@@ -236,6 +249,8 @@ class Record:
     initial: dict[str, np.ndarray] = field(default_factory=dict)
     gradients: list[dict[str, np.ndarray]] = field(default_factory=list)
     final: dict[str, np.ndarray] = field(default_factory=dict)
+    events: list[dict[str, int]] = field(default_factory=list)
+    """What the optimizer counted."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """After every step on part of the held-out windows, after the last on all of them."""
     problems: list[str] = field(default_factory=list)
@@ -259,6 +274,9 @@ def compare(found: Record, truth: Record) -> None:
         for name, true_value in true.items():
             if not abs(mine[name] - true_value) <= 1e4 * TOLERANCE * abs(true_value):
                 raise LawBrokenError(f"{name} after step {step + 1}: {mine[name]!r} against {true_value!r}")
+
+    if found.events != truth.events:
+        raise LawBrokenError(f"the optimizer counts {found.events}, not {truth.events}")
 
 
 def compare_start(found: Record, truth: Record) -> None:
@@ -350,6 +368,9 @@ class Recorder:
         self.record.norms.append(float(norm))
         self.record.samples.append(sorted(int(i) for i in batch.sample_ids))
 
+    def happened(self, events: dict[str, Tensor]) -> None:
+        self.record.events.append({name: int(count) for name, count in events.items()})
+
     def evaluated(self, step: int, results: dict[str, float]) -> None:
         del step
         self.record.evaluations.append(results)
@@ -368,6 +389,9 @@ class RecordingOptimizer:
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
+
+    def events(self) -> Any:
+        return self._optimizer.events()
 
 
 def gradient(parameter: nn.Parameter) -> np.ndarray:
@@ -503,7 +527,7 @@ def one_process(case: Case, corpus: str) -> Record:
         LocalParameter(name, p.detach(), LogicalTensor.from_tensor(name, p.detach()), None)
         for name, p in model.named_parameters()
     ]
-    optimizer = build_optimizer(config.optim, locals_)
+    optimizer = build_optimizer(config.optim, locals_, seed=config.run.seed)
     order = open_data(config.data, config.run.seed)
     token_bytes = order.token_bytes.tolist()
     folder = Corpus(Path(corpus))
@@ -523,6 +547,8 @@ def one_process(case: Case, corpus: str) -> Record:
         scale = torch.clamp(norm / case["clip"], min=1.0) if case["clip"] else None
         lr = lr_at(config.schedule, step, STEPS, config.optim.lr)
         optimizer.step(lr, grad_scale=scale, skip=torch.zeros((), dtype=torch.float64))
+        if events := optimizer.events():
+            record.events.append({"spikes": int(events.spikes), "optimizer_resets": int(events.resets)})
         model.zero_grad()
         windows = size if step < STEPS else None
         record.evaluations.append(evaluate_plainly(model, folder.valid.dataset, token_bytes, case["packed"], windows))

@@ -312,6 +312,58 @@ def muon_orthogonalises_shards() -> Iterator[None]:
         yield
 
 
+@mutant(optim="spam")
+def subset_drawn_per_shard() -> Iterator[None]:
+    """Each shard numbers its own elements from zero."""
+    from rung.layout import LogicalTensor
+
+    module = import_module("rung.optim.spam")
+    real = module.kept_elements
+
+    def wrong(key: Any, epoch: Any, density: float, logical: Any, local_shape: Any) -> Any:
+        alone = LogicalTensor.from_spec(logical.name, tuple(local_shape), logical.dtype, {}, {}, {})
+        return real(key, epoch, density, alone, local_shape)
+
+    with mock.patch.object(module, "kept_elements", wrong):
+        yield
+
+
+@mutant(optim="spam", dp_replicate=2, dp_shard=1)
+def spikes_of_every_copy_counted() -> Iterator[None]:
+    """What is reported of spikes grows with the number of copies."""
+    module = import_module("rung.optim.spam")
+    with mock.patch.object(module, "_runs", lambda member, local: [(0, local.numel(), True)] if local.numel() else []):
+        yield
+
+
+@mutant(optim="stable_spam")
+def largest_element_of_one_shard() -> Iterator[None]:
+    """Each shard clips by its own largest element."""
+    module = import_module("rung.optim.stable_spam")
+    real = module._all_reduce
+    with mock.patch.object(module, "_all_reduce", lambda m, rows, op: rows if op == "max" else real(m, rows, op)):
+        yield
+
+
+@mutant(optim="stable_spam")
+def norm_of_one_shard() -> Iterator[None]:
+    """Each shard is scaled by its own norm."""
+    module = import_module("rung.optim.stable_spam")
+    real = module._all_reduce
+    with mock.patch.object(module, "_all_reduce", lambda m, rows, op: rows if op == "sum" else real(m, rows, op)):
+        yield
+
+
+@mutant(optim="stable_spam", tensor="4", dp_shard=1, kv_heads=2)
+def shared_heads_counted_twice() -> Iterator[None]:
+    """A tensor's norm counts K/V heads as often as there are ranks that hold them."""
+    module = import_module("rung.optim.stable_spam")
+    with mock.patch.object(
+        module, "_counted", lambda members: {m.tensor: [p for p in m.logical.pieces() if p.box.numel] for m in members}
+    ):
+        yield
+
+
 @mutant(clip=0.5)
 def clipping_forgotten() -> Iterator[None]:
     """The scale never reaches the optimizer."""

@@ -9,7 +9,16 @@ import torch
 import torch.distributed as dist
 
 from rung.layout import Box, LogicalTensor, Shard
-from rung.optim import AdamWConfig, LocalParameter, MuonConfig, OptimConfig, build_optimizer
+from rung.optim import (
+    AdamWConfig,
+    LocalParameter,
+    MuonConfig,
+    OptimConfig,
+    Packed,
+    SpamConfig,
+    StableSpamConfig,
+    build_optimizer,
+)
 
 SHAPES = {
     "embed_tokens.weight": (21, 9),
@@ -62,9 +71,13 @@ def doubled(shape: tuple[int, ...], rank: int, size: int) -> list[Box]:
 Sharding = Callable[[tuple[int, ...], int, int], list[Box]]
 SHARDINGS: dict[str, Sharding] = {f.__name__: f for f in (chunked, ragged, striped, columns, doubled)}
 CASES = [(name, size) for name in SHARDINGS for size in (1, 2, 3, 4) if size > 1 or name == "chunked"]
+SHORT = {"betas": [0.9, 0.95], "spike_threshold": 20.0, "reset_interval": 2, "warmup_steps": 2, "grace_steps": 1}
 CONFIGS: dict[str, OptimConfig] = {
     "muon": MuonConfig(lr=0.02),
     "adamw": AdamWConfig(),
+    "spam": SpamConfig(**SHORT),  # type: ignore[arg-type]
+    "sparse_spam": SpamConfig(**SHORT, density=0.4),  # type: ignore[arg-type]
+    "stable_spam": StableSpamConfig(gamma3=0.9, reset_interval=2, total_steps=2),
 }
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -99,9 +112,10 @@ def local_parameters(
 def run(
     config: OptimConfig, sharding: Sharding, dtype: torch.dtype, rank: int, size: int, group: object
 ) -> list[tuple]:
-    """Train a little; every (name, box, owned, values) of the weights and of their state."""
+    """Train a little; every (name, box, owned, values) of the weights and of their state, and what was counted."""
     parameters = local_parameters(sharding, dtype, rank, size, group)
-    optimizer = build_optimizer(config, parameters)
+    optimizer = build_optimizer(config, parameters, seed=3)
+    counts = []
     for step in range(STEPS):
         for seed, p in enumerate(parameters):
             gradient = take(
@@ -110,11 +124,19 @@ def run(
             p.local.grad = gradient * float("nan") if step == SKIPPED else gradient
         skip = torch.tensor(float(step == SKIPPED), dtype=torch.float64)
         optimizer.step(0.01, grad_scale=torch.tensor(1.25, dtype=torch.float64), skip=skip)
-    tensors = {p.name: (p.local, p.logical) for p in parameters} | optimizer.named_state()
+        if events := optimizer.events():
+            counts.append([int(events.spikes), int(events.resets)])
+    tensors = {p.name: (p.local, p.logical) for p in parameters} | {
+        name: (tensor.dense() if isinstance(tensor, Packed) else tensor, logical)
+        for name, (tensor, logical) in optimizer.named_state().items()
+    }
     return [
-        (name, box, owned, tensor[local_box.slices()].clone())
-        for name, (tensor, logical) in tensors.items()
-        for box, owned, local_box in zip(logical.boxes, logical.owned, logical.local_boxes, strict=True)
+        ("events", Box((0,), (2 * len(counts),)), True, torch.tensor(counts).view(-1)),
+        *(
+            (name, box, owned, tensor[local_box.slices()].clone())
+            for name, (tensor, logical) in tensors.items()
+            for box, owned, local_box in zip(logical.boxes, logical.owned, logical.local_boxes, strict=True)
+        ),
     ]
 
 
@@ -123,11 +145,14 @@ def every_case() -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     groups = {size: dist.new_group(list(range(size))) for size in range(1, world_size + 1)}
     results = {}
-    with mock.patch.object(dist, "all_to_all_single", side_effect=dist.all_to_all_single) as send:
+    with (
+        mock.patch.object(dist, "all_to_all_single", side_effect=dist.all_to_all_single) as send,
+        mock.patch.object(dist, "all_reduce", side_effect=dist.all_reduce) as reduce,
+    ):
         for sharding, size in CASES:
             for optimizer, config in CONFIGS.items():
                 for dtype in DTYPES:
                     if rank < size:
                         case = run(config, SHARDINGS[sharding], DTYPES[dtype], rank, size, groups[size])
                         results[sharding, size, optimizer, dtype] = [(*what, tensor.numpy()) for *what, tensor in case]
-    return {"cases": results, "messages": send.call_count}
+    return {"cases": results, "messages": send.call_count, "reductions": reduce.call_count}

@@ -8,7 +8,18 @@ from omegaconf import OmegaConf
 
 from rung.errors import UserError
 from rung.layout import LogicalTensor
-from rung.optim import OPTIMIZERS, AdamWConfig, LocalParameter, MuonConfig, OptimConfig, ScheduleConfig, build_optimizer
+from rung.optim import (
+    OPTIMIZERS,
+    AdamWConfig,
+    LocalParameter,
+    MuonConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SpamConfig,
+    StableSpamConfig,
+    build_optimizer,
+)
+from rung.optim.logical_optimizer import RunOptimizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -47,6 +58,10 @@ def test_every_file_is_tested() -> None:
         (AdamWConfig(lr=-1.0, weight_decay=float("nan"), betas=[0.9], eps=0.0), "lr weight_decay betas eps"),
         (MuonConfig(momentum=1.0, ns_steps=0, adjust_lr="orignal"), "momentum ns_steps adjust_lr"),
         (MuonConfig(lr=0.0, adamw_lr=1e-3), "adamw_lr"),
+        (SpamConfig(density=0.0, reset_interval=0, grace_steps=-1, warmup_steps=-1), "density reset_interval"),
+        (SpamConfig(grace_steps=-1, warmup_steps=-1, spike_threshold=-1.0), "grace_steps warmup_steps spike_threshold"),
+        (StableSpamConfig(gamma1=1.0, gamma2=-1.0, gamma3=2.0, eta_min=2.0), "gamma1 gamma2 gamma3 eta_min"),
+        (StableSpamConfig(reset_interval=0, total_steps=0), "reset_interval total_steps"),
         (OptimConfig(name="adam"), "name"),
     ],
 )
@@ -60,5 +75,7 @@ def test_build_optimizer_makes_what_is_named() -> None:
     weight = torch.ones(4, 4)
     parameter = LocalParameter("w.weight", weight, LogicalTensor.from_tensor("w.weight", weight))
     for name, (schema, *_) in OPTIMIZERS.items():
-        assert type(build_optimizer(schema(), [parameter])).__name__.lower() == name
+        optimizer = build_optimizer(schema(), [parameter])
+        made = optimizer.inner if isinstance(optimizer, RunOptimizer) else optimizer
+        assert type(made).__name__.lower() == name.replace("_", "")
         assert build_optimizer(schema(), []).named_state() == {}

@@ -12,6 +12,7 @@ from rung.optim import Muon, MuonConfig
 from rung.optim.exchange import assign_owners
 
 Results = list[dict]
+UNKNOWN = {True: float("nan"), False: -1}
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,13 @@ def assemble(results: Results, case: tuple) -> dict[str, torch.Tensor]:
         for name, box, _, array in rank["cases"].get(case, []):
             values = torch.from_numpy(array)
             parameter, _, state = name.partition("/")
-            shape = () if state == "step" else ranks.SHAPES[parameter]
-            target = whole.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype))
+            if parameter == "events":
+                continue
+            shape = () if state == "step" or "average" in state else ranks.SHAPES[parameter]
+            target = whole.setdefault(name, torch.full(shape, UNKNOWN[values.is_floating_point()], dtype=values.dtype))
             there = target[box.slices()]
-            assert bool(there.isnan().all()) or torch.equal(there, values)
+            unknown = there.isnan() if values.is_floating_point() else there == UNKNOWN[False]
+            assert bool(unknown.all()) or torch.equal(there, values)
             target[box.slices()] = values
     return whole
 
@@ -60,11 +64,19 @@ def test_sharding_does_not_change_the_answer(
 ) -> None:
     alone = one_process(optimizer, dtype)
     spread = assemble(results, (sharding, size, optimizer, dtype))
-    assert set(spread) == {name for name, *_ in alone}
+    assert {*spread, "events"} == {name for name, *_ in alone}
     for name, _, _, values in alone:
-        if "step" in name:
+        if name == "events":
+            counted = [rank["cases"][sharding, size, optimizer, dtype][0][3] for rank in results[:size]]
+            assert all(events.tolist()[1::2] == values.tolist()[1::2] for events in counted)
+            # SPAM's ranks count what they own, Stable-SPAM's the whole; in "doubled" every copy says that it is owned.
+            if optimizer == "stable_spam":
+                assert all(events.tolist() == values.tolist() for events in counted)
+            elif sharding != "doubled" or size == 2:
+                assert sum(events[::2] for events in counted).tolist() == values[::2].tolist()
+        elif "step" in name:
             assert values == ranks.STEPS - 1 == spread[name]
-        elif optimizer != "adamw" and "_proj" in name:
+        elif "spam" in optimizer or (optimizer == "muon" and "_proj" in name):
             assert torch.equal(values, spread[name]), name
         else:  # torch's fused AdamW rounds the ragged end of each local tensor otherwise than its body
             bound = 1e-14 if dtype == "float64" else 1e-6
@@ -86,7 +98,9 @@ def test_one_rank_owns_each_scalar_state(results: Results, sharding: str) -> Non
 def test_two_messages_a_step(results: Results) -> None:
     for rank, result in enumerate(results):
         num_muon_runs = sum(key[2] == "muon" for key in result["cases"])
+        num_stable_runs = sum(key[2] == "stable_spam" for key in result["cases"])
         assert result["messages"] == 2 * ranks.STEPS * num_muon_runs, rank
+        assert result["reductions"] == 2 * ranks.STEPS * num_stable_runs, rank
 
 
 def test_a_matrix_that_is_not_all_there_is_refused() -> None:

@@ -70,6 +70,9 @@ class WeighingOptimizer:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
+    def events(self) -> Any:
+        return self._optimizer.events()
+
 
 def measure(config: Any, layout: Any) -> Found:
     """Train two steps with the real loop, which stops before it would evaluate."""

@@ -140,16 +140,18 @@ def check_messages_and_memory(sizes: list[int], group: ProcessGroup) -> None:
         assert [name for name, _ in messages.sent] == ["c10d::_allgather_base_"]
         assert messages.sent[0][1] == 3 * ROWS * losses.element_size()
 
-    rows, vocab_size, chunk_rows, size = 256, 512, 4, len(sizes)
+    num_rows, vocab_size, chunk_rows, size = 256, 512, 4, len(sizes)
     rows.CHUNK_ELEMENTS["cpu"] = chunk_rows * vocab_size
-    leaf = torch.randn(rows, vocab_size).bfloat16().requires_grad_()
+    leaf = torch.randn(num_rows, vocab_size).bfloat16().requires_grad_()
     first = distributed.get_rank(group) * vocab_size
-    labels = torch.arange(rows) * size * vocab_size // rows
+    labels = torch.arange(num_rows) * size * vocab_size // num_rows
     with LiveBytes() as live:
         reference.cross_entropy(leaf, labels, group=group, first=first).sum().backward()
-    chunk, per_row = 4 * chunk_rows * vocab_size, 4 * rows
+    chunk, per_row = 4 * chunk_rows * vocab_size, 4 * num_rows
     assert chunk <= live.peak[torch.float32] <= 3 * chunk + (6 * size + 6) * per_row  # all logits would be 64 chunks
-    assert live.peak[torch.bfloat16] <= 2 * (2 * rows * vocab_size)  # the logits, seen by slices, and their gradient
+    assert live.peak[torch.bfloat16] <= 2 * (
+        2 * num_rows * vocab_size
+    )  # the logits, seen by slices, and their gradient
     rows.CHUNK_ELEMENTS["cpu"] = 4 * 64
 
 

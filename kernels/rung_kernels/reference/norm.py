@@ -23,5 +23,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     x, residual [..., D], weight [D].
     """
     stream = (residual + x).to(residual.dtype)
+    if stream.dtype == x.dtype == weight.dtype:
+        return rms_norm(stream, weight, eps), stream
     fp32 = torch.promote_types(stream.dtype, torch.float32)
     return F.rms_norm(stream.to(fp32), (x.shape[-1],), weight.to(fp32), eps).to(x.dtype), stream

@@ -32,8 +32,8 @@ from rung.checkpoint.format import BLOCK_BYTES, Manifest, StoredFile, StoredTens
 from rung.checkpoint.reader import Reader
 from rung.checkpoint.scatter import scatter
 from rung.errors import CheckpointError, UserError
-from rung.layout import Box
-from rung.optim import StateTensor
+from rung.layout import Box, LogicalTensor
+from rung.optim import Packed, StateTensor
 
 if TYPE_CHECKING:
     from rung.parallel import World
@@ -91,18 +91,19 @@ def load_state(
             was read before them stands in the targets, but nothing that was not verified.
     """
     begun = time.perf_counter()
+    unpacked, stored_later = _unpacked(targets)
     together = _Together(world, f"cannot load {reader.where()}")
     line = _Line(reader.manifest.files)
     copies: list[_Copy] = []
     with together.trying():
         faults.reach("load.begin", world.rank)
-        for name, target in targets.items():
+        for name, target in unpacked.items():
             stored, problems = _match(name, target, reader.manifest)
             together.problems += problems
             if stored is not None and not problems:
                 copies += _copies(stored, target, line)
     together.agree()
-    wanted = {_source(name, target) for name, target in targets.items()}
+    wanted = {_source(name, target) for name, target in unpacked.items()}
     share = _share_out(reader.manifest, line, copies, wanted, together, max(1, window_bytes // BLOCK_BYTES), node)
 
     bytes_read = 0
@@ -119,6 +120,8 @@ def load_state(
                     copies[index].take(share.memory, blocks)
             together.agree()  # nobody needs this window when the next overwrites it
     with together.trying():
+        for packed, dense in stored_later:
+            packed.store(dense)
         faults.reach("load.done", world.rank)
     together.agree()
     total = torch.tensor(bytes_read)
@@ -269,12 +272,31 @@ class _Copy:
             scatter(items, (first - self.start) // item, self.sizes, self.wanted, destination)
 
 
-def _source(name: str, target: StateTensor) -> str:
+class _Target(NamedTuple):
+    """A tensor to be filled, and what it is logically."""
+
+    tensor: Tensor
+    logical: LogicalTensor
+
+
+def _unpacked(targets: Mapping[str, StateTensor]) -> tuple[dict[str, _Target], list[tuple[Packed, Tensor]]]:
+    """Targets with host memory in the place of packed ones, and which memory is to be packed in the end."""
+    unpacked, packed = {}, []
+    for name, (tensor, logical) in targets.items():
+        if isinstance(tensor, Packed):
+            dense = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            packed.append((tensor, dense))
+            tensor = dense
+        unpacked[name] = _Target(tensor, logical)
+    return unpacked, packed
+
+
+def _source(name: str, target: _Target) -> str:
     """The name under which a target is stored."""
     return target.logical.tied_to or name
 
 
-def _match(name: str, target: StateTensor, manifest: Manifest) -> tuple[StoredTensor | None, list[str]]:
+def _match(name: str, target: _Target, manifest: Manifest) -> tuple[StoredTensor | None, list[str]]:
     """What is stored of a target, and everything about it that does not fit."""
     tensor, logical = target
     source = _source(name, target)
@@ -299,7 +321,7 @@ def _match(name: str, target: StateTensor, manifest: Manifest) -> tuple[StoredTe
     return stored, problems
 
 
-def _copies(stored: StoredTensor, target: StateTensor, line: _Line) -> Iterator[_Copy]:
+def _copies(stored: StoredTensor, target: _Target, line: _Line) -> Iterator[_Copy]:
     """All that the boxes of a stored tensor and the pieces of a target have in common."""
     words = target.tensor.detach().view(_WORDS[item_bytes(stored.dtype)])
     table = len(stored.boxes), len(stored.shape)

@@ -36,7 +36,7 @@ from rung.checkpoint.writer import (
     give_up,
     shared_buffer,
 )
-from rung.optim import StateTensor
+from rung.optim import Packed, StateTensor
 
 if TYPE_CHECKING:
     from rung.parallel import World
@@ -57,7 +57,9 @@ class Report:
     """From the end of the copy to the commit."""
 
 
-def plan_of(tensors: Mapping[str, StateTensor]) -> tuple[Plan, list[tuple[Tensor, tuple[slice, ...]]]]:
+def plan_of(
+    tensors: Mapping[str, StateTensor],
+) -> tuple[Plan, list[tuple[Tensor | Packed, tuple[slice, ...]]]]:
     """What this rank writes of its state, the boxes that it owns, and for each box where its elements are."""
     boxes, sources = [], []
     for name, (tensor, logical) in tensors.items():
@@ -261,7 +263,7 @@ class _Snapshot:
 
     def __init__(
         self,
-        sources: list[tuple[Tensor, tuple[slice, ...]]],
+        sources: list[tuple[Tensor | Packed, tuple[slice, ...]]],
         views: list[Tensor],
         device: torch.device,
         then: Callable[[], None],

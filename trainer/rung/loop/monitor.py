@@ -78,11 +78,13 @@ class _Pending(NamedTuple):
     digest: str
     lr: float
     numbers: Tensor
-    """loss, gradient norm, skipped; on the host once ``ready`` has passed."""
+    """loss, gradient norm, skipped, events; on the host once ``ready`` has passed."""
     ready: torch.cuda.Event | None
     seconds: float
     phases: dict[str, float]
     extra: dict[str, float]
+    events: tuple[str, ...]
+    """Names of the events."""
 
 
 class Monitor:
@@ -99,6 +101,7 @@ class Monitor:
         self._skipped = self._skipped_in_a_row = 0
         self._pending: _Pending | None = None
         self._extra: dict[str, float] = {}
+        self._events: dict[str, Tensor] = {}
         self._first_tokens = 0
         self.clock = Stopwatch()
         self._signals = StopSignals(rank=world.rank)
@@ -161,9 +164,14 @@ class Monitor:
         self._heartbeat.at(step)
         self._profiler.before(step)
 
+    def happened(self, events: Mapping[str, Tensor]) -> None:
+        """What the optimizer counted in this step, 0-dim tensors by name: stands in the step's line."""
+        self._events = dict(events)
+
     def end(self, step: int, batch: StepBatch, lr: float, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
         """A step is queued; its numbers are 0-dim tensors. FloatingPointError after too many skipped in a row."""
-        numbers, ready = torch.stack([loss, norm, skipped]), None
+        events, self._events = self._events, {}
+        numbers, ready = torch.stack([loss, norm, skipped, *(count.double() for count in events.values())]), None
         on_device = self._world.device.type == "cuda"
         if on_device:
             numbers = numbers.to("cpu", non_blocking=True)
@@ -172,7 +180,7 @@ class Monitor:
             self._write()
         seconds, phases = self.clock.lap()
         digest, self._extra, extra = samples_digest(batch.sample_ids), {}, self._extra
-        self._pending = _Pending(step, digest, lr, numbers, ready, seconds, phases, extra)
+        self._pending = _Pending(step, digest, lr, numbers, ready, seconds, phases, extra, tuple(events))
         if not on_device or step == self._facts.total_steps:
             self._write()
         self._profiler.after(step)
@@ -226,7 +234,8 @@ class Monitor:
         pending, self._pending = self._pending, None
         if pending.ready is not None:
             pending.ready.synchronize()
-        loss, norm, skipped = pending.numbers.tolist()
+        loss, norm, skipped, *counts = pending.numbers.tolist()
+        events = {name: int(count) for name, count in zip(pending.events, counts, strict=True)}
         self._skipped += int(skipped)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._world.is_main:
@@ -246,7 +255,7 @@ class Monitor:
                 memory_gib=memory_gib(self._world.device),
                 phase_seconds=pending.phases,
                 skipped_steps=self._skipped,
-                extra=pending.extra,
+                extra=pending.extra | events,
             )
             self._metrics.log_step(metrics)
             self._progress.step(metrics)

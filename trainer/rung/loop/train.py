@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rung.checkpoint import Checkpointer
@@ -95,6 +96,8 @@ def train(run: Training) -> Outcome:
         with monitor.clock("optimizer"):
             lr = run.learning_rate(step)
             loss, norm, skipped = update(run, sums, batch.counts, lr)
+            if events := optimizer_events(run):
+                monitor.happened(events)
         monitor.end(step, batch, lr, loss, norm, skipped)
         if step == first:
             run.world.set_timeout(settings.timeout_seconds)
@@ -125,6 +128,25 @@ def update(run: Training, sums: dict[str, Tensor], counts: dict[str, int], lr: f
     run.model.zero_grad()
     run.optimizer.zero_grad()
     return loss, norm, skipped
+
+
+def optimizer_events(run: Training) -> dict[str, Tensor]:
+    """What the optimizer tells of its last step: ``spikes``, over the whole model, and ``optimizer_resets``, int64 [].
+
+    Collective over the world where the optimizer counts what each rank owns, over pipeline stages otherwise; nothing is
+    sent for optimizers without events.
+    """
+    events = run.optimizer.events()
+    if events is None:
+        return {}
+    spikes = events.spikes.to(run.world.device)
+    if events.of_whole_tensors:
+        group = run.model.groups.group("pp")
+        if group is not None:
+            dist.all_reduce(spikes, group=group)
+    else:
+        spikes = all_reduce_sums({"spikes": spikes}, run.world.device)["spikes"]
+    return {"spikes": spikes, "optimizer_resets": events.resets.to(run.world.device)}
 
 
 def _evaluate(run: Training, batches: float) -> dict[str, float]:

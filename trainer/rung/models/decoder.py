@@ -22,15 +22,18 @@ __all__ = ["Attention", "AttentionMask", "Block", "Decoder", "Dropout", "build",
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension."""
+    """Root-mean-square norm over the last dimension, of x or of the sum of x and a residual stream."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rung_kernels.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm; with a residual, (the norm of residual + x, residual + x)."""
+        if residual is None:
+            return rung_kernels.rms_norm(x, self.weight, self.eps)
+        return rung_kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class DotProductAttention(nn.Module):
@@ -129,8 +132,8 @@ class Block(nn.Module):
         y_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_BTE, sin_BTE, mask)
         if keys_22 is not None and sample_ids_B is not None and positions_BT is not None:
             y_BTD = self.dropout(y_BTD, keys_22[0], sample_ids_B, positions_BT)
-        x_BTD = x_BTD + y_BTD
-        y_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
+        normed_BTD, x_BTD = self.post_attention_layernorm(y_BTD, x_BTD)
+        y_BTD = self.mlp(normed_BTD)
         if keys_22 is not None and sample_ids_B is not None and positions_BT is not None:
             y_BTD = self.dropout(y_BTD, keys_22[1], sample_ids_B, positions_BT)
         return x_BTD + y_BTD

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rung.config import choice_problem
-from rung.optim.base import LocalParameter, OptimConfig, Optimizer, StateTensor, adam_problems
+from rung.optim.base import LocalParameter, OptimConfig, adam_problems
+from rung.optim.torch_optimizer import TorchOptimizer
 
 __all__ = ["AdamW", "AdamWConfig"]
 
@@ -34,7 +35,7 @@ class AdamWConfig(OptimConfig):
         ]
 
 
-class AdamW(Optimizer):
+class AdamW(TorchOptimizer):
     """``torch.optim.AdamW(fused=True)``; weight decay acts on tensors of two and more logical dimensions only.
 
     Elementwise, so no communication. The CPU kernel rounds the last few elements of a tensor otherwise than its
@@ -49,16 +50,17 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
-        super().__init__(parameters)
-        decayed = [p.local for p in self.parameters if len(p.logical.shape) >= 2]
-        others = [p.local for p in self.parameters if len(p.logical.shape) < 2]
+        parameters = list(parameters)
+        decayed = [p.local for p in parameters if len(p.logical.shape) >= 2]
+        others = [p.local for p in parameters if len(p.logical.shape) < 2]
         groups = [
             {"params": decayed, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self._torch = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+        optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+        super().__init__(parameters, optimizer)
         for parameter in self.parameters:  # torch would create this at the first step: too late to load into
-            self._torch.state[parameter.local] = {
+            optimizer.state[parameter.local] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.local.device),
                 "exp_avg": torch.zeros_like(parameter.local),
                 "exp_avg_sq": torch.zeros_like(parameter.local),
@@ -70,25 +72,10 @@ class AdamW(Optimizer):
     def step(self, lr: float, grad_scale: Tensor | None = None, skip: Tensor | None = None) -> None:
         if not self.parameters:
             return
-        gradients = [parameter.gradient() for parameter in self.parameters]
         if grad_scale is not None and not self._kernel_scales:
+            gradients = [parameter.gradient() for parameter in self.parameters]
             torch._foreach_div_(gradients, grad_scale)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.local.grad = gradient
             grad_scale = None
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.local.grad = gradient
-        for group in self._torch.param_groups:
-            group["lr"] = lr
-        # The protocol of torch.amp.GradScaler: the kernels divide gradients by grad_scale, return early where found_inf
-        # is 1.0, and the step counters, raised before, are lowered by found_inf.
-        self._torch.grad_scale = None if grad_scale is None else grad_scale.float()  # type: ignore[attr-defined]
-        self._torch.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
-        self._torch.step()
-
-    def named_state(self) -> dict[str, StateTensor]:
-        entries = {}
-        for parameter in self.parameters:
-            for name, tensor in self._torch.state[parameter.local].items():
-                make = parameter.scalar_state if name == "step" else parameter.state
-                key, entry = make(name, tensor)
-                entries[key] = entry
-        return entries
+        super().step(lr, None if grad_scale is None else grad_scale.float(), None if skip is None else skip.float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rung.layout import LogicalTensor
 
-__all__ = ["LocalParameter", "OptimConfig", "Optimizer", "StateTensor"]
+__all__ = ["Events", "LocalParameter", "OptimConfig", "Optimizer", "Packed", "StateTensor", "acts_as_matrix"]
 
 
 @dataclass
@@ -49,6 +49,13 @@ def adam_problems(betas: list[float], eps: float) -> list[str]:
     return problems
 
 
+def acts_as_matrix(name: str, ndim: int) -> bool:
+    """Whether a parameter is a linear map as a whole: matrices are, except the embedding and the output head, whose
+    rows are looked up or compared one by one."""
+    parts = name.split(".")
+    return ndim == 2 and "embed_tokens" not in parts and "lm_head" not in parts
+
+
 @dataclass(eq=False)
 class LocalParameter:
     """One trainable parameter as this rank holds it."""
@@ -74,7 +81,7 @@ class LocalParameter:
         """
         return torch.zeros_like(self.local) if self.local.grad is None else self.local.grad.contiguous()
 
-    def state(self, state_name: str, tensor: Tensor) -> tuple[str, StateTensor]:
+    def state(self, state_name: str, tensor: Tensor | Packed) -> tuple[str, StateTensor]:
         """Checkpoint entry of a state shaped and spread like the parameter."""
         name, tied = f"{self.name}/{state_name}", self._tied(state_name)
         logical = dataclasses.replace(self.logical, name=name, dtype=tensor.dtype, tied_to=tied)
@@ -100,11 +107,49 @@ class LocalParameter:
         return None if self.logical.tied_to is None else f"{self.logical.tied_to}/{state_name}"
 
 
-class StateTensor(NamedTuple):
-    """A live tensor of optimizer state (load by copying into it) and what it is logically."""
+class Packed(ABC):
+    """State of which only some elements are stored, in the place of the local tensor that it stands for.
 
-    tensor: Tensor
+    Reading an index makes the local tensor anew, with zeros for what is not stored. A checkpoint is loaded into such a
+    tensor, and stored from there when all other state is loaded.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The local tensor, new."""
+
+    @abstractmethod
+    def store(self, dense: Tensor) -> None:
+        """Keep what there is room for of a local tensor, on any device; the rest must be zero."""
+
+    @abstractmethod
+    def zero_(self) -> None:
+        """Make every element zero."""
+
+    def __getitem__(self, place: tuple[slice, ...]) -> Tensor:
+        return self.dense()[place]
+
+
+class StateTensor(NamedTuple):
+    """A live tensor of state (load by copying into it) and what it is logically."""
+
+    tensor: Tensor | Packed
     logical: LogicalTensor
+
+
+class Events(NamedTuple):
+    """What an optimizer tells of its last step, on the device."""
+
+    spikes: Tensor
+    """int64 []: gradient elements that were clipped, each because of its own size; 0 where the step was skipped."""
+    resets: Tensor
+    """int64 []: 1 where moments were reset, else 0; the same on every rank."""
+    of_whole_tensors: bool
+    """Whether ``spikes`` counts all of the tensors that this rank has a part of, the same on the ranks that share them;
+    otherwise what this rank owns. Elements of aliases count for nothing in either."""
 
 
 class Optimizer(ABC):
@@ -128,6 +173,10 @@ class Optimizer(ABC):
     @abstractmethod
     def named_state(self) -> dict[str, StateTensor]:
         """All state, as ``parameter name/state name``. States of a sharded parameter are sharded like it."""
+
+    def events(self) -> Events | None:
+        """What happened in the last step, for optimizers that clip elements and reset moments."""
+        return None
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rung.config import choice_problem
 from rung.optim.adamw import AdamW
-from rung.optim.base import LocalParameter, OptimConfig, Optimizer, StateTensor, adam_problems
+from rung.optim.base import LocalParameter, OptimConfig, Optimizer, StateTensor, acts_as_matrix, adam_problems
 from rung.optim.exchange import MatrixExchange
 from rung.optim.newton_schulz import orthogonalize
 
@@ -58,13 +58,6 @@ class MuonConfig(OptimConfig):
 def is_hidden_matrix(parameter: LocalParameter) -> bool:
     """Whether Muon updates this parameter."""
     return acts_as_matrix(parameter.name, len(parameter.logical.shape))
-
-
-def acts_as_matrix(name: str, ndim: int) -> bool:
-    """Whether a parameter is a linear map as a whole: matrices are, except the embedding and the output head, whose
-    rows are looked up or compared one by one."""
-    parts = name.split(".")
-    return ndim == 2 and "embed_tokens" not in parts and "lm_head" not in parts
 
 
 class Muon(Optimizer):

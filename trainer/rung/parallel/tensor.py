@@ -250,8 +250,8 @@ class _Local:
 def _plain_forward(original: Callable[..., Tensor], edges: _Edges) -> Callable[..., Tensor]:
     del edges
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return original(_Local(self), x)
+    def forward(self: nn.Module, *args: Tensor) -> Tensor:
+        return original(_Local(self), *args)
 
     return forward
 

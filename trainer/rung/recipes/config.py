@@ -15,9 +15,17 @@ from rung.layout import Layout
 from rung.loop.config import EvalConfig, RunConfig, TrainConfig
 from rung.models import ModelConfig
 from rung.observe import GarbageConfig, HeartbeatConfig, LoggingConfig, MemoryConfig, ProfileConfig
-from rung.optim import AdamWConfig, MuonConfig, OptimConfig, ScheduleConfig
+from rung.optim import (
+    AdamWConfig,
+    MuonConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SpamConfig,
+    StableSpamConfig,
+)
 from rung.parallel.config import PRECISIONS, ParallelConfig
 from rung.parallel.legal import layout_problems
+from rung_kernels.dispatch import BACKENDS, HAS_TRITON, IS_INTERPRETED
 
 __all__ = [
     "NODES",
@@ -84,6 +92,8 @@ class Config:
     """float64 (the law is exact to 1e-10), float32, or bf16 (float32 masters, bf16 gather and compute)."""
     compile: bool = False
     """Compile each layer with torch.compile, in place."""
+    kernels: str = "auto"
+    """Triton kernels: auto (on CUDA, those measured faster than torch), triton (all of them), torch (none)."""
     engine: str = "native"
     """Who runs the step. native: torch.distributed."""
     device: str = "auto"
@@ -95,6 +105,8 @@ NODES = (
     Node("data", "data_schema", DataConfig),
     Node("optim", "adamw_schema", AdamWConfig),
     Node("optim", "muon_schema", MuonConfig),
+    Node("optim", "spam_schema", SpamConfig),
+    Node("optim", "stable_spam_schema", StableSpamConfig),
     Node("schedule", "schedule_schema", ScheduleConfig),
     Node("recipe", "recipe_schema", RecipeConfig),
 )
@@ -180,6 +192,7 @@ def validate(config: Config, world_size: int) -> Layout:
     problems += choice_problem("precision", config.precision, PRECISIONS)
     problems += choice_problem("engine", config.engine, ("native",))
     problems += choice_problem("device", config.device, ("auto", "cpu", "cuda"))
+    problems += choice_problem("kernels", config.kernels, BACKENDS) or _kernel_problems(config)
     problems += choice_problem("recipe", config.recipe.name, ("pretrain",))
     if config.data.seq_len > config.model.max_position_embeddings:
         problems.append(
@@ -216,6 +229,21 @@ def validate(config: Config, world_size: int) -> Layout:
     return layout
 
 
+def _kernel_problems(config: Config) -> list[str]:
+    """Kernels that were asked for and could not run: silence would be an ignored option."""
+    if config.kernels != "triton":
+        return []
+    import torch
+
+    problems = [] if HAS_TRITON else ["kernels=triton needs the package triton; install it, or leave it at auto"]
+    if config.precision == "float64":
+        problems.append("kernels=triton has no part in precision=float64, which is plain torch; leave it at auto")
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    if on_cpu and not IS_INTERPRETED:
+        problems.append("kernels=triton needs a GPU (or TRITON_INTERPRET=1, which is very slow); leave it at auto")
+    return problems
+
+
 FREE_TO_CHANGE = (
     *("run.", "parallel.", "checkpoint.", "eval.", "export."),
     *("logging.", "profile.", "memory.", "heartbeat.", "garbage."),
@@ -226,6 +254,7 @@ FREE_KEYS = {
     "train.first_timeout_seconds",
     "train.timeout_seconds",
     "compile",
+    "kernels",
 }
 
 

@@ -7,6 +7,7 @@ import os
 
 import torch
 
+import rung_kernels
 from rung import __version__
 from rung.config import differences, flatten
 from rung.data import DataSource, check_vocab, open_data, prepare
@@ -80,7 +81,7 @@ def assemble(config: Config, layout: Layout, world: World, source: DataSource, m
         model=model,
         objective=CausalLM(model.cross_entropy),
         parameters=parameters,
-        optimizer=build_optimizer(config.optim, parameters),
+        optimizer=build_optimizer(config.optim, parameters, seed=config.run.seed),
         learning_rate=lambda step: lr_at(config.schedule, step, config.train.steps, config.optim.lr),
         source=source,
         monitor=monitor,
@@ -155,7 +156,8 @@ def agree_on_data(world: World, source: DataSource) -> None:
 
 
 def set_numerics(config: Config) -> None:
-    """float32 means float32: TF32 stays off. Deterministic kernels only where asked for."""
+    """float32 means float32: TF32 stays off. Deterministic kernels only where asked for, Triton's as asked for."""
+    rung_kernels.set_backend(config.kernels)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if config.train.deterministic:

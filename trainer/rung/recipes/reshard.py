@@ -171,7 +171,8 @@ def _state(plan: _Plan, world: World, model_only: bool) -> dict[str, StateTensor
     if model_only:
         return model.state_tensors()
     optim = plan.config.optim
-    optimizer = build_optimizer(optim, model.local_parameters(whole_tensors=needs_whole_tensors(optim)))
+    parameters = model.local_parameters(whole_tensors=needs_whole_tensors(optim))
+    optimizer = build_optimizer(optim, parameters, seed=plan.config.run.seed)
     return model.state_tensors() | optimizer.named_state()
 
 

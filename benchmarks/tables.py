@@ -313,6 +313,73 @@ def checkpoint_steps(result: Mapping[str, Any] | None) -> str:
     return _table(header, rows)
 
 
+def kernels(result: Mapping[str, Any] | None) -> str:
+    """Passes of kernels.py: time, rate, share of the measured limit, and the best of the others."""
+    header = ("operation", "pass", "µs", "rate", "of the limit", "goal", "best of the others", "its time ÷ Rung's")
+    if result is None:
+        return _table(header, [(NEVER_RUN, *[""] * 7)])
+    rows = []
+    for row in result["problems"]:
+        what = f"`{row['op']}` {row['shape']}"
+        if "passes" not in row:
+            rows.append((what, row["skipped"], *[""] * 6))
+            continue
+        for name, part in row["passes"].items():
+            best = part["best_other"]
+            goal = f"{part['goal']:.0%}" if part["goal"] else "the best"
+            theirs = f"{best}, {1e6 * part['seconds'][best]['median']:.1f}" if best else ""
+            if "rung" not in part["seconds"]:
+                why = row["contenders"].get("rung", {}).get("failed", "not run")
+                rows.append((what, name, why, "", "", goal, theirs, ""))
+                continue
+            seconds, rate = part["seconds"]["rung"], part["rate"]["rung"]
+            times = f"{1e6 * seconds['median']:.1f} ({1e6 * seconds['low']:.1f} to {1e6 * seconds['high']:.1f})"
+            speed = f"{rate / 1e12:.0f} TFLOP/s" if part["flops"] else f"{rate / 1e9:.0f} GB/s"
+            over = f"{part['best_other_over_rung']:.2f}" if best else ""
+            rows.append((what, name, times, speed, f"{part['share']['rung']:.0%}", goal, theirs, over))
+    limits = result["roofline"]
+    text = (
+        f"Median and quartiles. Limits measured in the same run: {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s of a "
+        f"copy, {limits['product_flops_per_second'] / 1e12:.0f} TFLOP/s of a bf16 product."
+    )
+    return _table(header, rows) + f"\n\n{text} {_machine(result)}"
+
+
+def spam(result: Mapping[str, Any] | None, spiked: bool) -> str:
+    """Losses of spam.py, with or without spikes."""
+    header = ("", "learning rate", "validation loss", "bits per byte", "minus AdamW", "elements clipped")
+    if result is None:
+        return _table(header, [(NEVER_RUN, *[""] * 5)])
+    rows = []
+    for row in result["rows"]:
+        if row["spiked"] != spiked:
+            continue
+        difference = "" if row["optimizer"] == "AdamW" else _interval(row["minus_adamw"], "+.4f")
+        edge = ", the edge of the grid" if row["at_edge"] else ""
+        clipped = f"{row['clipped']:,.0f}" if "SPAM" in row["optimizer"] else ""
+        loss, bits = _interval(row["loss"], ".4f"), f"{row['bits_per_byte']:.3f}"
+        rows.append((row["optimizer"], f"{row['lr']:g}{edge}", loss, bits, difference, clipped))
+    settings = result["settings"]
+    text = (
+        f"Means over {settings['seeds']} seeds with their 95% intervals; {settings['steps']} steps, "
+        f"{settings['parameters']:,} parameters; learning rates tried: "
+        f"{', '.join(f'{lr:g}' for lr in settings['lrs'])}."
+    )
+    return _table(header, rows) + f"\n\n{text} {_machine(result)}"
+
+
+def spam_memory(result: Mapping[str, Any] | None) -> str:
+    """Bytes of optimizer state for each parameter of the model of spam.py."""
+    header = ("", "bytes of state per parameter")
+    if result is None:
+        return _table(header, [(NEVER_RUN, "")])
+    return _table(header, [(name, f"{value:.2f}") for name, value in result["bytes_per_parameter"].items()])
+
+
+def _interval(value: Mapping[str, float], form: str) -> str:
+    return f"{value['mean']:{form}} ± {value['half']:{form.lstrip('+')}}"
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any] | None], str]] = {
     "overhead": overhead,
     "startup": startup,
@@ -328,6 +395,10 @@ TABLES: dict[str, Callable[[Mapping[str, Any] | None], str]] = {
     "gpu_paths": gpu_paths,
     "gpu_ring": gpu_ring,
     "gpu_shapes": gpu_shapes,
+    "kernels": kernels,
+    "spam_clean": partial(spam, spiked=False),
+    "spam_spiked": partial(spam, spiked=True),
+    "spam_memory": spam_memory,
 }
 
 

@@ -243,7 +243,7 @@ def _blocks(case: _Case) -> tuple[Tensor, Tensor | None]:
 
 
 def _flash_attn(case: _Case) -> tuple[Tensor, Tensor | None]:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     options: dict[str, Any] = {
         "causal": case.causal,
@@ -298,7 +298,8 @@ def _mask(case: _Case) -> Tensor | None:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     # Each rank makes the mask of the rows whose ids it has; without rows, all make the same.
-    mesh = case.q.device_mesh
+    q: Any = case.q
+    mesh = q.device_mesh
     placements: list[Any] = [Replicate()] * mesh.ndim
     if ids is not None and _is_spread(ids):
         spread: Any = ids

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rung_kernels import reference
 from rung_kernels.dispatch import uses_triton
-from rung_kernels.op import make_op
+from rung_kernels.op import is_plain, make_op
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -176,6 +176,8 @@ def _add_differentiate(
     if grad_y is None:
         grad_x = None if grad_stream is None else grad_stream.to(ctx.narrow)
         return grad_x, grad_stream, None, None
+    if grad_stream is None and not is_plain(grad_y):  # the operator's rules want a tensor to spread
+        grad_stream = torch.zeros_like(stream)
     grad, grad_x, grad_weight = backward(grad_y, grad_stream, stream, weight, rstd, ctx.narrow)
     return (grad if ctx.narrow == stream.dtype else grad_x), grad, grad_weight, None
 

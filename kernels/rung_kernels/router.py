@@ -100,11 +100,11 @@ def _fake_forward(
 
 
 def _backward(
-    grad_weights: Tensor | None,
-    grad_scores: Tensor | None,
     logits: Tensor,
     weights: Tensor,
     experts: Tensor,
+    grad_weights: Tensor | None,
+    grad_scores: Tensor | None,
     score: str,
     normalize: bool,
     scale: float,
@@ -122,11 +122,11 @@ def _backward(
 
 
 def _fake_backward(
-    grad_weights: Tensor | None,
-    grad_scores: Tensor | None,
     logits: Tensor,
     weights: Tensor,
     experts: Tensor,
+    grad_weights: Tensor | None,
+    grad_scores: Tensor | None,
     score: str,
     normalize: bool,
     scale: float,
@@ -147,7 +147,8 @@ def _differentiate(
 ) -> tuple[Any, ...]:
     if grad_weights is None and grad_scores is None:
         return (None,) * 6
-    return backward(grad_weights, grad_scores, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+    # A tensor comes first: DTensor of torch 2.11 finds its mesh there.
+    return backward(*ctx.saved_tensors, grad_weights, grad_scores, *ctx.options), *(None,) * 5
 
 
 _router = make_op(

@@ -15,15 +15,15 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement
 
 # The operators exist once their modules are imported.
-import rung_kernels.cross_entropy  # noqa: F401
 import rung_kernels.attention
+import rung_kernels.cross_entropy
 import rung_kernels.grouped_mm
-import rung_kernels.linear_cross_entropy  # noqa: F401
-import rung_kernels.merge_lse  # noqa: F401
-import rung_kernels.norm  # noqa: F401
-import rung_kernels.permute  # noqa: F401
-import rung_kernels.rope  # noqa: F401
-import rung_kernels.router  # noqa: F401
+import rung_kernels.linear_cross_entropy
+import rung_kernels.merge_lse
+import rung_kernels.norm
+import rung_kernels.permute
+import rung_kernels.rope
+import rung_kernels.router
 import rung_kernels.swiglu  # noqa: F401
 
 __all__: list[str] = []

@@ -26,7 +26,7 @@ def spread_over_two_ranks(return_lse: bool) -> list[float]:
             ({"document_ids_BT": ids}, {"document_ids_BT": placed_ids}),
         ):
             expected = _run(whole, outer, options | {"return_lse": return_lse})
-            for compiled in (False, True):
+            for compiled in (False,) if return_lse else (False, True):
                 found = _run(spread, there, placed | {"return_lse": return_lse}, compiled)
                 assert found[0].placements == (placement,)
                 differences += [

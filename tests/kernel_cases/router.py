@@ -24,7 +24,7 @@ def spread_over_two_ranks() -> list[float]:
                 for compiled, backend in ((False, "triton"), (True, "triton"), (False, "torch")):
                     with use_backend(backend):
                         found = _run(spread, there, compiled)
-                    if placement == Shard(0):
+                    if placement == Shard(0) and backend == "triton":
                         assert found[0].placements == found[1].placements == (placement,)
                         assert found[2].placements[0].is_partial()
                     whole = [f.full_tensor().double() for f in found]

@@ -360,16 +360,24 @@ class Recorder:
         del name
         yield
 
-    def end(self, step: int, batch: Any, lr: float, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
+    def end(
+        self,
+        step: int,
+        batch: Any,
+        lr: float,
+        loss: Tensor,
+        norm: Tensor,
+        skipped: Tensor,
+        events: dict[str, Tensor],
+    ) -> None:
         del lr
         if bool(skipped):
             self.record.problems.append(f"step {step} was skipped")
         self.record.losses.append(loss.item())
         self.record.norms.append(float(norm))
         self.record.samples.append(sorted(int(i) for i in batch.sample_ids))
-
-    def happened(self, events: dict[str, Tensor]) -> None:
-        self.record.events.append({name: int(count) for name, count in events.items()})
+        if events:
+            self.record.events.append({name: int(count) for name, count in events.items()})
 
     def evaluated(self, step: int, results: dict[str, float]) -> None:
         del step

@@ -54,7 +54,7 @@ def test_skipping_leaves_every_bit(tiny: list[str], poison: Callable[[set[int]],
     from rung.recipes.pretrain import assemble
 
     class Quiet(Recorder):
-        def end(self, step: int, batch: Any, lr: float, loss: Any, norm: Any, skipped: Any) -> None:
+        def end(self, *_: Any) -> None:
             weights.append(torch.cat([p.detach().flatten() for _, p in run.model.named_parameters()]).clone())
 
     poison({2})

@@ -25,6 +25,11 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "tp × fsdp": (4, ["tp=2", "dp_shard=2", "activation_checkpointing=full", "model.dropout=0.1"]),
     "tp × fsdp, compiled": (4, ["tp=2", "dp_shard=2", "compile=true"]),
     "tp × fsdp, muon": (4, ["tp=2", "dp_shard=2", "optim=muon", "model.num_key_value_heads=1"]),
+    "tp × fsdp, spam": (4, ["tp=2", "dp_shard=2", "optim=spam", "optim.density=0.3", "model.num_key_value_heads=1"]),
+    "1f1b × fsdp, tied, stable_spam": (
+        4,
+        ["pp=2", "dp_shard=2", "optim=stable_spam", "model.tie_word_embeddings=true"],
+    ),
     "ring": (2, ["cp=2", "data.document_mask=true", "activation_checkpointing=full"]),
     "ulysses": (2, ["cp=2", "cp_method=ulysses", "model.num_key_value_heads=1"]),
     "ring of neighbours": (4, ["cp=4", "cp_ulysses_degree=2", "precision=bf16", "model.num_key_value_heads=1"]),

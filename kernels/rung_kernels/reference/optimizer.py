@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,7 +146,8 @@ class _Piece(NamedTuple):
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    copy: Tensor | None
+    narrow: Tensor | None
+    """Of the copy."""
 
 
 def _step(
@@ -167,14 +169,14 @@ def _step(
         work = _work(pieces[0].param)
         f = factors.to(work)
         zero = torch.zeros((), dtype=work, device=factors.device)
-        g = list(torch._foreach_div([x.grad.to(work) for x in pieces], f[Factor.GRAD_SCALE]))
+        g: list[Tensor] = list(torch._foreach_div([x.grad.to(work) for x in pieces], f[Factor.GRAD_SCALE]))
         m = [torch.where(kept, x.exp_avg.to(work), zero) for x in pieces]
         v = [torch.where(kept, x.exp_avg_sq.to(work), zero) for x in pieces]
         above: list[Tensor] = []
         if spam:
             limits = torch._foreach_mul(v, f[Factor.THRESHOLD])
             above = [(x > 0) & (y * y > limit) for x, y, limit in zip(v, g, limits, strict=True)]
-            clipped = [root.copysign(y) for root, y in zip(torch._foreach_sqrt(limits), g, strict=True)]
+            clipped = [root.copysign(y) for root, y in zip(_sqrt(limits), g, strict=True)]
         elif clip is not None:
             levels, maxima = ([x[piece.tensor].to(work) for piece in pieces] for x in clip)
             above = [y.abs() > level for y, level in zip(g, levels, strict=True)]
@@ -183,7 +185,7 @@ def _step(
             g = [torch.where(a, x, y) for a, x, y in zip(above, clipped, g, strict=True)]
         if gains is not None:
             g = [y * gains[piece.tensor].to(work) for y, piece in zip(g, pieces, strict=True)]
-        if counts is not None:
+        if counts is not None and above:
             for piece, a in zip(pieces, above, strict=True):
                 counts[piece.tensor] += torch.where(skip, 0, a.sum())
 
@@ -193,7 +195,7 @@ def _step(
         squares = torch._foreach_mul(g, g)
         torch._foreach_mul_(squares, f[Factor.COMPLEMENT2])
         torch._foreach_add_(v, squares)
-        denominators = torch._foreach_sqrt(v)
+        denominators = _sqrt(v)
         torch._foreach_div_(denominators, f[Factor.DIVISOR])
         torch._foreach_add_(denominators, f[Factor.EPS])
         updates = torch._foreach_div(m, denominators)
@@ -206,11 +208,18 @@ def _step(
             torch._foreach_mul_(w, f[Factor.DECAY])
 
         for piece, *new in zip(pieces, w, m, v, strict=True):
-            if piece.copy is not None:
+            if piece.narrow is not None:
                 rounded = new[0].bfloat16() if rounding is None else _round(new[0], rounding, piece)
-                piece.copy.copy_(torch.where(skip, piece.copy, rounded))
+                piece.narrow.copy_(torch.where(skip, piece.narrow, rounded))
             for old, x in zip((piece.param, piece.exp_avg, piece.exp_avg_sq), new, strict=True):
                 old.copy_(torch.where(skip, old, x.to(old.dtype)))
+
+
+def _sqrt(values: Sequence[Tensor]) -> list[Tensor]:
+    """Correctly rounded, as the rest is and as Triton's is: on the CPU torch asks a library that is not."""
+    if values[0].device.type == "cpu":
+        return [torch.from_numpy(np.sqrt(x.numpy(), out=np.empty(tuple(x.shape), x.numpy().dtype))) for x in values]
+    return list(torch._foreach_sqrt(list(values)))
 
 
 def _work(param: Tensor) -> torch.dtype:

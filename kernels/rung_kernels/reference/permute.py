@@ -33,6 +33,23 @@ class _CopyTokens(torch.autograd.Function):
         return unpermute(grad_y_MD, row_of_NK), None, None, None
 
 
+class _Reorder(torch.autograd.Function):
+    """y[row_M], every row once: its gradient is the inverse, where indexing's own would add to zeros."""
+
+    @staticmethod
+    def forward(y_MD: Tensor, row_M: Tensor) -> Tensor:
+        return y_MD.index_select(0, row_M)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None]:
+        (row_M,) = ctx.saved_tensors
+        return grad_MD.index_select(0, row_M.argsort()), None
+
+
 def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(y [M, D], offsets [X] int32, row_of [N, K] int64) of x [N, D] and experts [N, K].
 
@@ -65,10 +82,6 @@ def unpermute(y: Tensor, row_of: Tensor, weights: Tensor | None = None) -> Tenso
 
 def _of_slots(y_MD: Tensor, row_of_NK: Tensor) -> Tensor:
     """[N, K, D]; zeros where the row is negative, whatever lies in y."""
-    rows_NKD = y_MD.index_select(0, _bijection(row_of_NK)).view(*row_of_NK.shape, y_MD.shape[1])
-    return rows_NKD.masked_fill((row_of_NK < 0)[..., None], 0)
-
-
-def _bijection(row_of_NK: Tensor) -> Tensor:
-    """The row of each (token, slot), every row once: no gradient has to add two."""
-    return torch.where(row_of_NK < 0, ~row_of_NK, row_of_NK).reshape(-1)
+    row_M = torch.where(row_of_NK < 0, ~row_of_NK, row_of_NK).reshape(-1)
+    rows_MD: Tensor = _Reorder.apply(y_MD, row_M)
+    return rows_MD.view(*row_of_NK.shape, y_MD.shape[1]).masked_fill((row_of_NK < 0)[..., None], 0)

@@ -28,11 +28,16 @@ time few rows share the level-2 cache. (132 rows of 128256 bfloat16 logits are 3
 
 @triton.jit
 def _start(row, stride, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
-    """Offset at which the row's blocks begin, and how many columns that is early."""
+    """Offset at which the row's blocks begin, and how many columns that is early.
+
+    Multiplied last, by a constant: so the compiler knows the offset's alignment.
+    """
     shift = 0
+    start = row * (stride // VECTOR) * VECTOR
     if not ALIGNED:
-        shift = (row * stride % VECTOR).to(tl.int32)
-    return tl.multiple_of(row * stride - shift, VECTOR), shift
+        start = row * stride // VECTOR * VECTOR
+        shift = (row * stride - start).to(tl.int32)
+    return start, shift
 
 
 @triton.jit
@@ -218,7 +223,7 @@ def _cross_entropy_gradient(
         )
     grad_start = row * grad_stride - shift
     if SAME:
-        grad_start = tl.multiple_of(grad_start, VECTOR)
+        grad_start = grad_start // VECTOR * VECTOR  # the same number, known to be a multiple
     _store(grad_logits + grad_start + begin, grads, begin - shift, num_columns, BLOCK)
 
 

@@ -43,7 +43,9 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 3, **arguments: Any) -> None:
-    """Run ``kernel`` on ``grid``; an empty grid runs nothing. ``arguments``: all of its parameters, by name."""
+    """Run ``kernel`` on ``grid``; an empty grid runs nothing. ``arguments``: all of its parameters, by name, and
+    options of Triton's compiler."""
+    arguments.setdefault("enable_fp_fusion", True)  # said, because Triton's default is about to change
     if 0 in grid:
         return
     counts[kernel.__name__] += 1

@@ -23,7 +23,7 @@ def _rms_norm_forward(
     residual,
     weight,
     y,
-    stream,
+    total,
     rstd,
     num_rows,
     num_features,
@@ -41,8 +41,8 @@ def _rms_norm_forward(
     if residual is not None:
         values += tl.load(residual + rows[:, None] * residual_stride + columns[None, :], here, 0.0).to(tl.float32)
         # The norm is that of the stream as it is stored, so that the backward pass sees the same numbers.
-        values = values.to(stream.dtype.element_ty)
-        tl.store(stream + at, values, here)
+        values = values.to(total.dtype.element_ty)
+        tl.store(total + at, values, here)
         values = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 1) / num_features + eps)
     tl.store(rstd + rows, scale, rows < num_rows)
@@ -114,7 +114,7 @@ def forward(
         residual=residual_ND,
         weight=weight_D,
         y=y_ND,
-        stream=stream_ND,
+        total=stream_ND,  # `stream` is a word of Triton's own
         rstd=rstd_N,
         num_rows=num_rows,
         num_features=num_features,

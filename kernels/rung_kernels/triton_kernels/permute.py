@@ -16,7 +16,7 @@ __all__ = ["MAX_FEATURES", "MAX_SLOTS", "combine", "copy", "count", "num_blocks"
 
 MAX_FEATURES = 16384  # a row is held in registers
 MAX_SLOTS = 16
-_TILE = 1024  # elements of a tile, where rows are narrower
+_TILE = 512  # elements of a tile, where rows are narrower
 _BLOCK = 512  # entries that are counted together
 _CHUNK = 64  # entries of which each is compared with every earlier one of the block
 
@@ -228,5 +228,5 @@ def combine(y_MD: Tensor, row_of_NK: Tensor, weights_NK: Tensor | None, out_ND: 
 def _tile(num_features: int) -> tuple[int, int, int]:
     """Tokens, columns, and warps of about 8 elements a thread."""
     features = triton.next_power_of_2(num_features)
-    tokens = max(1, min(64, _TILE // features))
+    tokens = max(1, min(32, _TILE // features))
     return tokens, features, min(16, max(4, tokens * features // 256))

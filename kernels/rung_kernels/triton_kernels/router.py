@@ -234,4 +234,4 @@ def backward(
 def _tile(num_experts: int) -> tuple[int, int]:
     """Tokens and columns."""
     columns = triton.next_power_of_2(num_experts)
-    return max(1, min(64, _TILE // columns)), columns
+    return max(1, min(32, _TILE // columns)), columns

@@ -83,18 +83,6 @@ def same_bits(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
         assert bool(equal.all()), f"tensor {index}: {int((~equal).sum())} of {equal.numel()} differ"
 
 
-@pytest.fixture(autouse=True)
-def correct_roots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU torch takes square roots with MKL, which is one unit off here and there; kernels are not."""
-
-    def foreach_sqrt(tensors: Sequence[Tensor]) -> list[Tensor]:
-        # From float64, a root that is rounded twice is rounded correctly.
-        return [x.double().sqrt().to(x.dtype) for x in tensors]
-
-    if DEVICE == "cpu":
-        monkeypatch.setattr(torch, "_foreach_sqrt", foreach_sqrt)
-
-
 def compare(name: str, them: Lists, slots: Tensor, steps: int = 1, copies: bool = False, **options: Any) -> Lists:
     """The kernel against the reference in float32, whose results are rounded only afterwards."""
     counted = name == "spam_step" or "levels" in options

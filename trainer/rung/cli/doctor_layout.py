@@ -54,7 +54,7 @@ def report_of(config: Config, layout: Layout) -> LayoutReport:
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         precision=config.precision,
-        optimizer=config.optim.name,
+        optimizer=config.optim,
         compile=config.compile,
         document_mask=config.data.document_mask,
         device=config.device,

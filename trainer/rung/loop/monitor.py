@@ -101,7 +101,6 @@ class Monitor:
         self._skipped = self._skipped_in_a_row = 0
         self._pending: _Pending | None = None
         self._extra: dict[str, float] = {}
-        self._events: dict[str, Tensor] = {}
         self._first_tokens = 0
         self.clock = Stopwatch()
         self._signals = StopSignals(rank=world.rank)
@@ -164,13 +163,20 @@ class Monitor:
         self._heartbeat.at(step)
         self._profiler.before(step)
 
-    def happened(self, events: Mapping[str, Tensor]) -> None:
-        """What the optimizer counted in this step, 0-dim tensors by name: stands in the step's line."""
-        self._events = dict(events)
+    def end(
+        self,
+        step: int,
+        batch: StepBatch,
+        lr: float,
+        loss: Tensor,
+        norm: Tensor,
+        skipped: Tensor,
+        events: Mapping[str, Tensor],
+    ) -> None:
+        """A step is queued; its numbers are 0-dim tensors. ``events``: what the optimizer counted in it, by name.
 
-    def end(self, step: int, batch: StepBatch, lr: float, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        """A step is queued; its numbers are 0-dim tensors. FloatingPointError after too many skipped in a row."""
-        events, self._events = self._events, {}
+        Raises FloatingPointError after too many steps in a row were skipped.
+        """
         numbers, ready = torch.stack([loss, norm, skipped, *(count.double() for count in events.values())]), None
         on_device = self._world.device.type == "cuda"
         if on_device:

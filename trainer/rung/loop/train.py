@@ -96,9 +96,8 @@ def train(run: Training) -> Outcome:
         with monitor.clock("optimizer"):
             lr = run.learning_rate(step)
             loss, norm, skipped = update(run, sums, batch.counts, lr)
-            if events := optimizer_events(run):
-                monitor.happened(events)
-        monitor.end(step, batch, lr, loss, norm, skipped)
+            events = optimizer_events(run)
+        monitor.end(step, batch, lr, loss, norm, skipped, events)
         if step == first:
             run.world.set_timeout(settings.timeout_seconds)
         if batches := run.evaluation.due(step, settings.steps):

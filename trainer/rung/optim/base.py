@@ -117,6 +117,11 @@ class Packed(ABC):
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that are stored."""
+
     @abstractmethod
     def dense(self) -> Tensor:
         """The local tensor, new."""

@@ -15,7 +15,7 @@ from rung.optim.base import LocalParameter, OptimConfig, Optimizer, StateTensor,
 from rung.optim.exchange import MatrixExchange
 from rung.optim.newton_schulz import orthogonalize
 
-__all__ = ["Muon", "MuonConfig", "acts_as_matrix", "is_hidden_matrix"]
+__all__ = ["Muon", "MuonConfig", "is_hidden_matrix"]
 
 
 @dataclass

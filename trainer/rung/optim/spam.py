@@ -206,7 +206,7 @@ class SPAM(LogicalOptimizer):
                     moment.masked_fill_(reset, 0.0)
                 continue
             local = member.local
-            param, grad = local.reshape(-1), gradient.reshape(-1)
+            param, grad = local.reshape(-1), gradient.reshape(-1).contiguous()
             if not local.is_contiguous():
                 scattered.append((local, param))
             if subsets is not None:

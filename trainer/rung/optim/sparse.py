@@ -17,7 +17,7 @@ from rung.layout import Box, LogicalTensor, Piece
 from rung.optim.base import Packed
 from rung.random import Key, philox_torch
 
-__all__ = ["MASK_TAG", "PackedMoment", "Subset", "kept_elements"]
+__all__ = ["MASK_TAG", "PackedMoment", "Subset", "kept_elements", "room"]
 
 MASK_TAG = 0x5350414D
 """Last counter word of these draws, which no other draws have: "SPAM"."""
@@ -73,19 +73,22 @@ def _words(key: Key, epoch: Tensor, starts: Tensor, length: int) -> Tensor:
     return in_order.gather(1, (starts & 3)[:, None] + torch.arange(length, device=starts.device))
 
 
+def room(number: int, density: float) -> int:
+    """Elements to store of a subset of ``number``: ten standard deviations more than expected."""
+    expected = number * density
+    return min(number, int(expected) + 10 * (isqrt(int(expected * (1 - density))) + 1) + 17)
+
+
 class Subset:
     """Both moments of the subset that some consecutive local elements, ``first`` to ``last``, have in an epoch.
 
-    Storage has room for ten standard deviations more elements than expected, so that its size does not depend on the
-    draw and nobody has to ask the device how many there are. Room that is left holds zeros.
+    Storage has ``room`` for more elements than expected, so that its size does not depend on the draw and nobody has to
+    ask the device how many there are. Room that is left holds zeros.
     """
 
     def __init__(self, first: int, last: int, density: float, dtype: torch.dtype, device: torch.device) -> None:
         self.first, self.last, self.density = first, last, density
-        number = last - first
-        expected = number * density
-        room = int(expected) + 10 * (isqrt(int(expected * (1 - density))) + 1) + 17
-        self.exp_avg = torch.zeros(min(number, room), dtype=dtype, device=device)
+        self.exp_avg = torch.zeros(room(last - first, density), dtype=dtype, device=device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
 
     def places(self, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +96,8 @@ class Subset:
 
         ``kept`` is of all local elements, flat. Room that is left points where the first index does.
         """
-        room = len(self.exp_avg)
-        found = torch.nonzero_static(kept[self.first : self.last], size=room, fill_value=-1).view(-1)
+        size = len(self.exp_avg)
+        found = torch.nonzero_static(kept[self.first : self.last], size=size, fill_value=-1).view(-1)
         some = found >= 0
         return torch.where(some, found, found[:1].clamp(min=0)), some
 
@@ -121,6 +124,10 @@ class PackedMoment(Packed):
         moments = [getattr(subset, name) for subset in subsets]
         self._subsets, self._moments, self._logical, self._key = subsets, moments, logical, key
         self._steps, self._reset_interval = steps, reset_interval
+
+    @property
+    def nbytes(self) -> int:
+        return sum(moment.nbytes for moment in self._moments)
 
     def _kept(self, density: float) -> Tensor:
         return kept_elements(self._key, self._steps // self._reset_interval, density, self._logical, self.shape).view(

@@ -284,7 +284,7 @@ class _Part:
             if not local.is_contiguous():
                 scattered.append((local, param))
             chosen.append(index)
-            tensors.append((param, gradient.reshape(-1), *moments))
+            tensors.append((param, gradient.reshape(-1).contiguous(), *moments))
         if tensors:
             options = {"levels": self._levels, "maxima": self._largest, "gains": self._gains}
             if len(chosen) < len(self.members):

@@ -25,9 +25,12 @@ from rung.layout.stages import (
     stages_of,
 )
 from rung.models import ModelConfig, parameter_shapes, stage_costs
+from rung.optim import OptimConfig, SpamConfig
+from rung.optim.base import acts_as_matrix
+from rung.optim.exact_sum import LIMBS
 from rung.optim.exchange import assign_owners
-from rung.optim.muon import acts_as_matrix
 from rung.optim.newton_schulz import orthogonalize_cost
+from rung.optim.sparse import room
 from rung.parallel.config import ParallelConfig, dtypes, uses_fsdp
 from rung.parallel.mesh import FSDP
 from rung.parallel.tensor import DECODER_PLAN, Heads, LocalPart, local_part, role_of
@@ -136,13 +139,13 @@ def layout_report(
     global_batch_size: int,
     micro_batch_size: int,
     precision: str,
-    optimizer: str,
+    optimizer: OptimConfig,
     compile: bool = False,
     document_mask: bool = False,
     device: str = "cuda",
 ) -> LayoutReport:
-    """The report on a legal layout. ``optimizer`` is adamw or muon; ``device`` cpu, or cuda or auto, which are taken
-    for CUDA: norms keep different things on each, and Muon sends different dtypes."""
+    """The report on a legal layout. ``device`` is cpu, or cuda or auto, which are taken for CUDA: norms keep different
+    things on each, and Muon sends different dtypes."""
     num_micro_batches = layout.accumulation(global_batch_size, micro_batch_size)
     pieces = _Pieces(
         parallel=parallel,
@@ -205,7 +208,7 @@ class _Pieces:
     micro_batch_size: int
     num_micro_batches: int
     precision: str
-    optimizer: str
+    optimizer: OptimConfig
     split_backward: bool
     document_mask: bool
     on_cuda: bool
@@ -295,7 +298,7 @@ class _Pieces:
             for shapes in self.shapes.values()
             for local in (self.local(name, shape, shard, tp) for name, shape in shapes.items())
         )
-        return pp, sizes, (shard, tp) if self.optimizer == "muon" else None
+        return pp, sizes, (shard, tp) if self.optimizer.name == "muon" else None
 
     def rank(self, pp: int, shard: int, tp: int) -> RankReport:
         """The report of the ranks at a place, of which ``shard`` counts along FSDP."""
@@ -385,13 +388,20 @@ class _Pieces:
         )
 
     def is_matrix(self, local: _Local) -> bool:
-        """Whether Muon updates it."""
+        """Whether Muon, or a subset of SPAM's, updates it."""
         return acts_as_matrix(local.name, local.logical_ndim)
 
     def optimizer_bytes(self, local: _Local) -> int:
-        if self.optimizer == "muon" and self.is_matrix(local):
-            return local.numel * self.parameter_size
-        return 2 * local.numel * self.parameter_size + torch.float32.itemsize  # two moments and a count of steps
+        moment = local.numel * self.parameter_size
+        if self.optimizer.name == "muon" and self.is_matrix(local):
+            return moment
+        if isinstance(self.optimizer, SpamConfig):
+            if self.optimizer.density < 1 and self.is_matrix(local):
+                moment = room(local.numel, self.optimizer.density) * self.parameter_size
+            return 2 * moment + torch.int64.itemsize  # and a count of steps
+        if self.optimizer.name == "stable_spam":
+            return 2 * moment + torch.int64.itemsize + 3 * torch.float64.itemsize  # and three averages
+        return 2 * moment + torch.float32.itemsize
 
     def gathered_bytes(self, stages: Sequence[int], shard: int, tp: int) -> int:
         if not self.has_fsdp:
@@ -498,9 +508,17 @@ class _Pieces:
         yield self.of_partial_gradients(parameters)
         yield from self.of_context(stages)
         yield from self.of_pipeline(pp, stages, shard, tp)
-        if self.optimizer == "muon":
+        if self.optimizer.name == "muon":
             yield self.of_muon(stages, shard, tp)
         world = tuple(self.layout.mesh)
+        if self.optimizer.name == "spam":
+            yield self.collective("spikes", "all_reduce", world, 1, torch.float64.itemsize)
+        if self.optimizer.name == "stable_spam":
+            holders, number = (*FSDP, "tp"), len(parameters)
+            yield self.collective("maxima of tensors", "all_reduce", holders, 1, number * torch.float64.itemsize)
+            sums = (LIMBS + 1) * torch.int64.itemsize
+            yield self.collective("squares and spikes of tensors", "all_reduce", holders, 1, number * sums)
+            yield self.collective("spikes", "all_reduce", ("pp",), 1, torch.int64.itemsize)
         yield self.collective("counts and checksums of the step", "all_reduce", world, 1, 3 * torch.int64.itemsize)
         yield self.collective("loss and gradient norm", "all_reduce", world, 1, 2 * torch.float64.itemsize)
 

@@ -16,6 +16,7 @@ __all__ = [
     "IS_INTERPRETED",
     "MEASURED_FASTER",
     "backend",
+    "runs_on",
     "set_backend",
     "use_backend",
     "uses_triton",
@@ -67,16 +68,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 def uses_triton(op: str, *tensors: Tensor | None) -> bool:
     """Whether ``op`` on these floating-point tensors (None: not given) is to run its kernel."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return bool(given) and all(tensor.dtype in _KERNEL_DTYPES and runs_on(op, tensor.device) for tensor in given)
+
+
+def runs_on(op: str, device: torch.device) -> bool:
+    """Whether ``op`` is to run its kernel on a device, whatever the dtypes."""
     if _backend == "torch" or not HAS_TRITON:
         return False
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.dtype not in _KERNEL_DTYPES:
-            return False
-        if tensor.device.type == "cuda":
-            if _backend == "auto" and op not in MEASURED_FASTER:
-                return False
-        elif tensor.device.type != "cpu" or not IS_INTERPRETED:
-            return False
-    return True
+    if device.type == "cuda":
+        return _backend == "triton" or op in MEASURED_FASTER
+    return device.type == "cpu" and IS_INTERPRETED

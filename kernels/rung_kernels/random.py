@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rung_kernels.dispatch import uses_triton
+from rung_kernels.dispatch import runs_on
 from rung_kernels.op import is_plain
 from rung_kernels.reference import random as plain
 from rung_kernels.reference.random import Key
@@ -31,7 +31,7 @@ def philox_words(
     device. i is counted modulo 2^64. Writes 32 bytes a counter and reads nothing.
     """
     device = torch.device(device or "cpu")
-    if not _fits("philox_words", device):
+    if not runs_on("philox_words", device):
         return plain.words(key, start, count, c2, c3, device)
     k0, k1, c2, c3 = (_on(device, x) for x in (*key, c2, c3))
     fill = _words if is_plain(k0, k1, c2, c3) else _words_op
@@ -49,7 +49,7 @@ def normals(key: Key, start: int, count: int, table: Tensor, dtype: torch.dtype 
         raise ValueError(f"the table must be int64 [3, segments], not {table.dtype} {list(table.shape)}")
     if not 0 <= start < 2**63:
         raise ValueError(f"start={start} must be a number from 0 to 2^63 - 1")
-    if not _fits("normals", table.device):
+    if not runs_on("normals", table.device):
         return plain.normals(key, start, count, table, dtype)
     k0, k1 = (_on(table.device, x) for x in key)
     fill = _normals if is_plain(k0, k1, table) else _normals_op
@@ -70,15 +70,11 @@ def dropout_mask(
         raise ValueError(f"first_feature={first_feature} must be a multiple of 4: four features share a counter")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p={p} must be a probability, from 0 to 1")
-    if not _fits("dropout_mask", sample_ids_B.device):
+    if not runs_on("dropout_mask", sample_ids_B.device):
         return plain.dropout_mask(key, sample_ids_B, positions_BT, features, first_feature, p)
     k0, k1 = (_on(sample_ids_B.device, x) for x in key)
     draw = _mask if is_plain(k0, k1, sample_ids_B, positions_BT) else _mask_op
     return draw(k0, k1, sample_ids_B, positions_BT, features, first_feature, int(p * 2**32))
-
-
-def _fits(op: str, device: torch.device) -> bool:
-    return uses_triton(op, torch.empty(0, device=device))
 
 
 def _on(device: torch.device, word: Tensor | int) -> Tensor:

@@ -37,6 +37,7 @@ def attention_forward(
     ``attention_backward``. Raises ValueError for shapes that do not fit.
     """
     causal = _causal(q_BTHE, k_BSKE, mask, causal)
+    mask = None if mask is None else mask[(None,) * (4 - mask.ndim)]
     if 0 in (q_BTHE.numel(), k_BSKE.numel()):  # the CPU's kernel divides by the number of keys
         return torch.zeros_like(q_BTHE), q_BTHE.new_full(q_BTHE.shape[:3], -math.inf, dtype=_fp32(q_BTHE))
     q, k, v = q_BTHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
@@ -77,6 +78,7 @@ def attention_backward(
     as in ``attention_forward``.
     """
     causal = _causal(q_BTHE, k_BSKE, mask, causal)
+    mask = None if mask is None else mask[(None,) * (4 - mask.ndim)]
     if 0 in (q_BTHE.numel(), k_BSKE.numel()):
         return torch.zeros_like(q_BTHE), torch.zeros_like(k_BSKE), torch.zeros_like(v_BSKE)
     q, k, v = q_BTHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)

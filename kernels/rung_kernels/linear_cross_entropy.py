@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rung_kernels.cross_entropy import TRITON
 from rung_kernels.dispatch import uses_triton
-from rung_kernels.op import make_op
+from rung_kernels.op import make_op, refuse_second_derivative
 from rung_kernels.reference.cross_entropy import TORCH, Backend, Loss, check_arguments, losses_of, merged
 from rung_kernels.reference.rows import row_chunks
 
@@ -301,6 +301,7 @@ def _sum_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 
 
 def _sum_differentiate(ctx: Any, backward: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    refuse_second_derivative("linear_cross_entropy")
     if grad is None:
         return (None,) * 9
     grads = backward(grad, *ctx.saved_tensors, ctx.weight_dtype)
@@ -409,8 +410,8 @@ class _SpreadSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative("linear_cross_entropy")
         unit_x, unit_weight = ctx.saved_tensors
         grads = _sum_backward(grad, unit_x, unit_weight, ctx.weight_dtype)
         return *(g if wanted else None for g, wanted in zip(grads, ctx.wants, strict=True)), *[None] * 5
@@ -434,8 +435,8 @@ class _SpreadRows(torch.autograd.Function):
         return losses_N
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative("linear_cross_entropy")
         x_ND, weight_VD, labels_N, *state = ctx.saved_tensors
         grads = _grads_again(_Head(x_ND, weight_VD, labels_N, ctx.loss, ctx.rows), grad_N, *state, *ctx.wants)
         return *(g if wanted else None for g, wanted in zip(grads, ctx.wants, strict=True)), *[None] * 5

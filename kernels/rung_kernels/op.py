@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_plain", "make_op"]
+__all__ = ["is_plain", "make_op", "refuse_second_derivative"]
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -17,6 +17,12 @@ _PLAIN = (Tensor, nn.Parameter)
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors that run eagerly: no DTensor, nothing that is being traced."""
     return not torch.compiler.is_compiling() and all(t is None or type(t) in _PLAIN for t in tensors)
+
+
+def refuse_second_derivative(what: str) -> None:
+    """For backward passes that are not differentiable themselves. RuntimeError where autograd records one of them."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} has no second derivative: call backward and grad without create_graph")
 
 
 def make_op(
@@ -50,7 +56,8 @@ def make_op(
         return differentiate(ctx, backward_op, *grads)
 
     def direct(ctx: Any, *grads: Any) -> Any:
-        return differentiate(ctx, backward, *grads)
+        # The operator refuses a second derivative; torch's once_differentiable lets pass what comes from a constant.
+        return differentiate(ctx, backward_op if torch.is_grad_enabled() else backward, *grads)
 
     forward_op.register_autograd(through_library, setup_context=setup_context)
     eager = type(
@@ -59,7 +66,7 @@ def make_op(
         {
             "forward": staticmethod(forward),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(torch.autograd.function.once_differentiable(direct)),
+            "backward": staticmethod(direct),
         },
     )
 

@@ -143,6 +143,8 @@ def _step(
     from rung_kernels.triton_kernels import optimizer
 
     _check(params, grads, exp_avgs, exp_avg_sqs, copies, factors)
+    numbers = {"counts": counts, "levels": levels, "maxima": maxima, "gains": gains, "firsts": firsts}
+    _check_numbers(numbers, len(params))
     optimizer.step(
         params,
         grads,
@@ -158,6 +160,21 @@ def _step(
         else Rounding(keys.contiguous(), firsts.contiguous(), number),
         spam=spam,
     )
+    # The kernel writes through addresses, which autograd cannot see.
+    changed = [*params, *exp_avgs, *exp_avg_sqs, *copies, *([] if counts is None else [counts])]
+    torch.autograd.graph.increment_version(changed)
+
+
+def _check_numbers(numbers: dict[str, Tensor | None], number: int) -> None:
+    """ValueError where what is given for each tensor is not one number for each."""
+    problems = []
+    for name, x in numbers.items():
+        dtype = torch.int64 if name in ("counts", "firsts") else torch.float64
+        if x is not None and (x.shape != (number,) or x.dtype != dtype or (name == "counts" and x.stride() != (1,))):
+            where = f"{x.dtype} {list(x.shape)} with strides {list(x.stride())}"
+            problems.append(f"{name} is {where}, where {dtype} [{number}] is wanted")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _check(

@@ -18,6 +18,7 @@ from rung_kernels.op import make_op
 __all__ = ["permute", "unpermute"]
 
 _MAX_FEATURES, _MAX_SLOTS = 16384, 16  # of triton_kernels.permute, which is not imported before it is needed
+_MAX_EXPERTS = 4096  # each program counts all of them
 
 
 def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +49,7 @@ def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tenso
         problems.append(f"num_experts={num_experts} must be at least 1")
     if problems:
         raise ValueError("; ".join(problems))
-    if not _fits("permute", x.shape[1], experts, x):
+    if num_experts > _MAX_EXPERTS or not _fits("permute", x.shape[1], experts, x):
         return reference.permute(x, experts, num_experts)
     y, offsets, row_of = _permute(x, experts, num_experts)
     return y, offsets, row_of

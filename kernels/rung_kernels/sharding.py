@@ -172,18 +172,23 @@ def _placed_mask(mask: Any, dim: int) -> Placement | None:
     return Shard(at) if at >= 0 and mask.shape[at] > 1 else Replicate()
 
 
+def _whole_groups(k: Any) -> tuple[int, ...]:
+    """Dims to split: heads only if key/value heads divide evenly, or query heads would be parted from theirs."""
+    return (0, 2) if all(k.shape[2] % size == 0 for size in k.mesh.shape) else (0,)
+
+
 def _split_attention(q: Any, k: Any, v: Any, mask: Any, causal: bool) -> list[Way]:
     """Sequences, or heads along with the key/value heads that they read."""
     missing = None if mask is None else Replicate()
     whole: Way = ([Replicate()] * 2, [*[Replicate()] * 3, missing, None])
-    split: list[Way] = [([Shard(d)] * 2, [*[Shard(d)] * 3, _placed_mask(mask, d), None]) for d in (0, 2)]
+    split: list[Way] = [([Shard(d)] * 2, [*[Shard(d)] * 3, _placed_mask(mask, d), None]) for d in _whole_groups(k)]
     return [whole, *split]
 
 
 def _split_attention_grads(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, mask: Any, causal: bool) -> list[Way]:
     missing = None if mask is None else Replicate()
     whole: Way = ([Replicate()] * 3, [*[Replicate()] * 6, missing, None])
-    split: list[Way] = [([Shard(d)] * 3, [*[Shard(d)] * 6, _placed_mask(mask, d), None]) for d in (0, 2)]
+    split: list[Way] = [([Shard(d)] * 3, [*[Shard(d)] * 6, _placed_mask(mask, d), None]) for d in _whole_groups(k)]
     return [whole, *split]
 
 

@@ -397,3 +397,44 @@ def test_a_run_tells_of_spikes_and_resets(name: str, rung: Callable[..., Any], t
     lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert [line["optimizer_resets"] for line in lines] == [0, 1, 0]
     assert lines[2]["spikes"] > 0 and all(type(line["spikes"]) is int for line in lines)
+
+
+def test_moments_of_another_subset_are_refused() -> None:
+    weight = torch.nn.Parameter(torch.randn(64))
+    optimizer = SPAM([("a", weight)], density=0.5)
+    weight.grad = torch.ones(64)
+    optimizer.step()
+    for names in ("b", "a"):
+        other = SPAM([(names, torch.nn.Parameter(weight.detach().clone()))], density=0.5)
+        if names == "a":
+            other.load_state_dict(optimizer.state_dict())
+        else:
+            with pytest.raises(ValueError, match="another subset"):
+                other.load_state_dict(optimizer.state_dict())
+
+
+def test_what_another_optimizer_saved_is_refused_untouched() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    adamw = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(4)
+    adamw.step()
+    optimizer = SPAM([weight], lr=0.5)
+    with pytest.raises(ValueError, match=r"not of SPAM.*density"):
+        optimizer.load_state_dict(adamw.state_dict())
+    wrong = optimizer.state_dict()
+    wrong["param_groups"][0]["eps"] = -1.0
+    with pytest.raises(ValueError, match=r"eps=-1\.0"):
+        optimizer.load_state_dict(wrong)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5 and optimizer.param_groups[0]["eps"] > 0
+
+
+def test_a_copy_is_refused() -> None:
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(SPAM([torch.nn.Parameter(torch.ones(2))]))
+
+
+@pytest.mark.parametrize("setting", ["eps=inf", "grace_steps=100000000000000000000000000"])
+def test_numbers_no_device_can_hold(setting: str) -> None:
+    key, value = setting.split("=")
+    assert SpamConfig(**{key: float(value) if key == "eps" else int(value)}).validate()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rung_kernels.op import refuse_second_derivative
 from rung_kernels.reference.rows import row_chunks
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivative("cross_entropy")
         logits_NV, column_N1, kept_N, lse_N = ctx.saved_tensors
         loss: Loss = ctx.loss
         grad_N1 = grad_N.masked_fill(~kept_N, 0.0).unsqueeze(1)
@@ -144,6 +146,7 @@ class _SpreadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None, None]:
+        refuse_second_derivative("cross_entropy")
         logits_NV, labels_N, max_N, log_sum_N, vocab_size = ctx.saved_tensors
         grad_logits_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         if logits_NV.numel():

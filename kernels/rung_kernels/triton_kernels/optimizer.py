@@ -293,6 +293,8 @@ def step(
             row = (*[x.data_ptr() for x in tensors], *no_copy, size, index)
             groups.setdefault(tuple([x.dtype for x in tensors]), []).append(row)
     device = factors.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("optimizer steps cannot be captured in a CUDA graph: their tables come from the host")
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     for dtypes, rows in groups.items():
         of_block, num_blocks = _tensor_of_block(device, stream, tuple([row[5] for row in rows]))
@@ -354,6 +356,4 @@ def _to(device: torch.device, table: Tensor) -> Tensor:
     """From pinned memory, or the host would wait for the device."""
     if device.type != "cuda":
         return table.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("optimizer steps cannot be captured in a CUDA graph: their tables are copied from the host")
     return table.pin_memory().to(device, non_blocking=True)

@@ -63,7 +63,7 @@ def _philox_words(out, start, count, c2, c3, k0, k1, COUNTERS: tl.constexpr):
         counters, counters >> 32, tl.load(c2), tl.load(c3), tl.load(k0), tl.load(k1)
     )
     at = 4 * first + tl.arange(0, 4 * COUNTERS)
-    tl.store(out + at, in_order(words0, words1, words2, words3).to(tl.int64), at < 4 * count)
+    tl.store(out + at, in_order(words0, words1, words2, words3).to(tl.int64), at // 4 < count)
 
 
 @triton.jit

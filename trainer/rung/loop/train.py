@@ -138,7 +138,7 @@ def optimizer_events(run: Training) -> dict[str, Tensor]:
     events = run.optimizer.events()
     if events is None:
         return {}
-    spikes = events.spikes.to(run.world.device)
+    spikes = events.spikes.to(run.world.device).clone()
     if events.of_whole_tensors:
         group = run.model.groups.group("pp")
         if group is not None:

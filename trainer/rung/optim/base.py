@@ -44,9 +44,14 @@ def adam_problems(betas: list[float], eps: float) -> list[str]:
     problems = []
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         problems.append(f"optim.betas={list(betas)} must be two numbers in [0, 1), as [0.9, 0.95]")
-    if not eps > 0:
-        problems.append(f"optim.eps={eps} must be above zero")
+    if not (math.isfinite(eps) and eps > 0):
+        problems.append(f"optim.eps={eps} must be a finite number above zero")
     return problems
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether a setting is an integer, ``least`` or more, that a device can count to."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def acts_as_matrix(name: str, ndim: int) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rung.layout import LogicalTensor, clean_name, local_view
-from rung.optim.base import Events, LocalParameter, Packed
+from rung.optim.base import Events, LocalParameter, Packed, is_count
 from rung.optim.torch_optimizer import MOMENTS, TorchOptimizer
 from rung_kernels.reference import Factor
 
@@ -86,7 +86,7 @@ class LogicalOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     spikes: Tensor
-    """int64 []: gradient elements that the last step clipped."""
+    """int64 []: gradient elements that the last step clipped. SPAM counts what this rank owns, Stable-SPAM all."""
     resets: Tensor
     """int64 []: 1 where the last step reset moments."""
 
@@ -158,9 +158,9 @@ class LogicalOptimizer(torch.optim.Optimizer):
             problems.append(f"eps={group['eps']} must be a finite number above zero")
         if not (math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0):
             problems.append(f"weight_decay={group['weight_decay']} must be a finite number, 0 or more")
-        if not (_is_int(group["reset_interval"]) and group["reset_interval"] >= 1):
+        if not is_count(group["reset_interval"], 1):
             problems.append(
-                f"reset_interval={group['reset_interval']} must be an integer, 1 or more; "
+                f"reset_interval={group['reset_interval']} must be an integer, 1 or more, below 2^63; "
                 "one that is longer than the run never resets"
             )
         return problems
@@ -177,6 +177,9 @@ class LogicalOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     # What torch asks of every optimizer.
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(f"{type(self).__name__} cannot be copied or pickled; use state_dict and load_state_dict")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -215,6 +218,13 @@ class LogicalOptimizer(torch.optim.Optimizer):
                 f"the state of {', '.join(wrong[:3])} is not of {type(self).__name__}: it lacks some of "
                 f"{sorted(self.live_state(tensors[0]))}"
             )
+        for index, group in enumerate(state_dict["param_groups"]):
+            if missing := self.defaults.keys() - group.keys():
+                raise ValueError(
+                    f"group {index} of what is loaded is not of {type(self).__name__}: it lacks {sorted(missing)}"
+                )
+            if problems := self.problems(group):
+                raise ValueError(f"group {index} of what is loaded: {'; '.join(problems)}")
         super().load_state_dict(state_dict)  # casts what it loads to the parameters' dtype: it is loaded again below
         self.state.clear()
         self.state.update(kept)
@@ -279,10 +289,6 @@ def rows_at_once(tensor: Tensor) -> int:
     return max(1, most * tensor.shape[0] // max(tensor.numel(), 1))
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _unfit(name: str, tensor: Tensor) -> str:
     """Why a tensor cannot be a parameter."""
     if tensor.dtype not in _DTYPES:
@@ -332,5 +338,10 @@ def _load(label: str, parameter: Tensor, target: Tensor | Packed, value: Any) ->
         raise ValueError(f"{label} has shape {tuple(value.shape)} in what is loaded, {tuple(here.shape)} here")
     if isinstance(here, Packed):
         here.store(value)
+        if torch.count_nonzero(here.dense()) != torch.count_nonzero(value).to(here.device):
+            raise ValueError(
+                f"{label} belongs to another subset than it has here: names, seed, density and reset_interval must be "
+                "those that it was saved with"
+            )
     else:
         here.copy_(value)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rung_kernels
 from rung.config import choice_problem
-from rung.optim.base import LocalParameter, OptimConfig, Packed, acts_as_matrix, adam_problems
+from rung.optim.base import LocalParameter, OptimConfig, Packed, acts_as_matrix, adam_problems, is_count
 from rung.optim.logical_optimizer import (
     LogicalOptimizer,
     Member,
@@ -289,8 +289,8 @@ def _problems(settings: Any, skip: str = "") -> list[str]:
         problems.append(f"spike_threshold={threshold} must be 0 (never clip) or more; 5000 is usual")
     for name, least in (("reset_interval", 1), ("warmup_steps", 0), ("grace_steps", 0)):
         value = settings[name]
-        if name != skip and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            problems.append(f"{name}={value} must be an integer, {least} or more")
+        if name != skip and not is_count(value, least):
+            problems.append(f"{name}={value} must be an integer, {least} or more, below 2^63")
     if not 0 < density <= 1:
         problems.append(f"density={density} must lie in (0, 1]; 1 updates every element")
     return problems

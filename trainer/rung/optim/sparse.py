@@ -129,17 +129,19 @@ class PackedMoment(Packed):
     def nbytes(self) -> int:
         return sum(moment.nbytes for moment in self._moments)
 
-    def _kept(self, density: float) -> Tensor:
-        return kept_elements(self._key, self._steps // self._reset_interval, density, self._logical, self.shape).view(
-            -1
-        )
+    def _kept(self) -> Tensor:
+        """Which of the local elements have moments: bool, flat."""
+        if not self._subsets:
+            return torch.zeros(0, dtype=torch.bool, device=self.device)
+        epoch, density = self._steps // self._reset_interval, self._subsets[0].density
+        return kept_elements(self._key, epoch, density, self._logical, self.shape).view(-1)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
         result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        flat = result.view(-1)
+        flat, kept = result.view(-1), self._kept()
         for subset, moment in zip(self._subsets, self._moments, strict=True):
-            places, some = subset.places(self._kept(subset.density))
+            places, some = subset.places(kept)
             # Several places may be the first: all of them must say what is there.
             values = torch.where(some, moment, torch.where(some[:1], moment[:1], 0.0))
             flat[subset.first : subset.last].index_copy_(0, places, values)
@@ -147,9 +149,9 @@ class PackedMoment(Packed):
 
     @torch.no_grad()
     def store(self, dense: Tensor) -> None:
-        flat = dense.to(self.device).reshape(-1)
+        flat, kept = dense.to(self.device).reshape(-1), self._kept()
         for subset, moment in zip(self._subsets, self._moments, strict=True):
-            places, some = subset.places(self._kept(subset.density))
+            places, some = subset.places(kept)
             moment.copy_(torch.where(some, flat[subset.first : subset.last][places], 0.0))
 
     def zero_(self) -> None:

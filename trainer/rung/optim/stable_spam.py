@@ -14,7 +14,7 @@ from torch import Tensor
 import rung_kernels
 from rung.config import choice_problem
 from rung.layout import Piece
-from rung.optim.base import LocalParameter, OptimConfig, adam_problems
+from rung.optim.base import LocalParameter, OptimConfig, adam_problems, is_count
 from rung.optim.exact_sum import LIMBS, exponent_above, power_of_two, square_limbs, to_float
 from rung.optim.logical_optimizer import (
     LogicalOptimizer,
@@ -350,8 +350,8 @@ def _problems(settings: Any, skip: str = "") -> list[str]:
         value = settings[name]
         if name == skip or (optional and value is None):
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problems.append(f"{name}={value} must be an integer, 1 or more{', or None' * optional}")
+        if not is_count(value, 1):
+            problems.append(f"{name}={value} must be an integer, 1 or more, below 2^63{'; or None' * optional}")
     if not 0 <= settings["eta_min"] <= 1:
         problems.append(f"eta_min={settings['eta_min']} must lie in [0, 1]")
     return problems

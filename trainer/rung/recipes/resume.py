@@ -10,6 +10,7 @@ from rung.data import DataSource
 from rung.errors import NewerCheckpointError, UserError
 from rung.loop import Progress, Training
 from rung.optim import StateTensor
+from rung.optim.base import Packed
 from rung.recipes.config import Config
 from rung.recipes.folder import Origin, none_left
 
@@ -107,7 +108,20 @@ def _wanted(config: Config, run: Training, manifest: Manifest) -> Mapping[str, S
     if before != config.optim.name:  # named in run.allow_changes, or it would have been refused
         run.monitor.message(f"{config.optim.name} cannot use the state of {before}: it starts at zero")
         return model
+    packed = {name for name, (tensor, _) in optimizer.items() if isinstance(tensor, Packed)}
+    if changed := _subset_changes(config, manifest) if packed else []:
+        run.monitor.message(
+            f"moments of subsets start at zero: {' and '.join(changed)} changed, and other elements have moments now"
+        )
+        optimizer = {name: entry for name, entry in optimizer.items() if name not in packed}
     return model | optimizer
+
+
+def _subset_changes(config: Config, manifest: Manifest) -> list[str]:
+    """Settings that say which elements have moments in SPAM, and are not what a checkpoint was made with."""
+    before, now = manifest.config, nested(config)
+    keys = [("optim", "density"), ("optim", "reset_interval"), ("run", "seed")]
+    return [f"{group}.{key}" for group, key in keys if before[group].get(key) != now[group].get(key)]
 
 
 def _check_data(config: Config, manifest: Manifest, found: Mapping[str, str | None]) -> None:

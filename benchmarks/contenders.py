@@ -120,9 +120,9 @@ def rung(spec: Spec, turns: Turns) -> None:
             self.asked_to_end = not turns.next()
             super().begin(step)
 
-        def end(self, step: int, batch: Any, lr: float, loss: Any, norm: Any, skipped: Any) -> None:
+        def end(self, step: int, batch: Any, lr: float, loss: Any, *others: Any) -> None:
             turns.loss = loss
-            super().end(step, batch, lr, loss, norm, skipped)
+            super().end(step, batch, lr, loss, *others)
 
         @property
         def stop_requested(self) -> bool:

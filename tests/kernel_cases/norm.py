@@ -3,7 +3,8 @@
 import torch
 from kernel_cases.accuracy import randn
 from torch import distributed
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import local_map
 
 import rung_kernels
 import rung_kernels.sharding
@@ -28,7 +29,25 @@ def spread_over_two_ranks() -> list[float]:
                 found = _run(spread, there, compiled)
                 assert placement == Shard(2) or found[0].placements == (placement,)
                 differences += [float((f.full_tensor() - e).abs().max()) for f, e in zip(found, expected, strict=True)]
+        differences += _mapped(mesh, whole, outer[0])
     return differences
+
+
+def _mapped(mesh, whole, outer):
+    """Through local_map: without in_grad_placements torch takes each rank's part of a copy's gradient for all of it."""
+    x, _, weight = whole
+    mapped = local_map(
+        lambda x, weight: rung_kernels.rms_norm(x, weight, 1e-5),
+        out_placements=[Shard(1)],
+        in_placements=([Shard(1)], [Replicate()]),
+        in_grad_placements=([Shard(1)], [Partial()]),
+        device_mesh=mesh,
+    )
+    there = distribute_tensor(x.detach(), mesh, [Shard(1)]).requires_grad_()
+    copied = distribute_tensor(weight.detach(), mesh, [Replicate()]).requires_grad_()
+    found = torch.autograd.grad(mapped(there, copied), (there, copied), distribute_tensor(outer, mesh, [Shard(1)]))
+    expected = torch.autograd.grad(rung_kernels.rms_norm(x, weight, 1e-5), (x, weight), outer)
+    return [float((f.full_tensor() - e).abs().max()) for f, e in zip(found, expected, strict=True)]
 
 
 def _run(inputs, outer, compiled=False):

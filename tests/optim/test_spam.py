@@ -438,3 +438,12 @@ def test_a_copy_is_refused() -> None:
 def test_numbers_no_device_can_hold(setting: str) -> None:
     key, value = setting.split("=")
     assert SpamConfig(**{key: float(value) if key == "eps" else int(value)}).validate()
+
+
+def test_a_run_says_that_moments_of_other_subsets_are_lost(rung: Callable[..., Any], tiny: list[str]) -> None:
+    spam = ["optim=spam", "optim.reset_interval=4", "schedule=constant", "export.huggingface=false", "eval.batches=0"]
+    assert rung("train", *tiny, *spam, "optim.density=0.5").status == 0
+    refused = rung("train", *tiny, *spam, "optim.density=0.4", "train.steps=4")
+    assert refused.status == 2 and "optim.density" in refused.err
+    done = rung("train", *tiny, *spam, "optim.density=0.4", "train.steps=4", "run.allow_changes=[optim.*]")
+    assert done.status == 0 and "moments of subsets start at zero: optim.density changed" in done.out
